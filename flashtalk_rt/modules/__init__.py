@@ -1,0 +1,1 @@
+"""The networks and what surrounds them, as pure torch modules and functions."""

@@ -1,0 +1,63 @@
+"""`Model`: every network one stream needs, and the settings it was trained for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import StreamConfig
+from .dit import DiT
+from .vae import VAE
+
+
+class AudioEncoder(Protocol):
+    """Speech to features, one vector a block and a video frame."""
+
+    def __call__(self, samples: Tensor, frames: int) -> Tensor:
+        """samples [N] float32, 16 kHz, already at -23 LUFS -> [frames, blocks, dim]."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """The reference image to tokens."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """image [1, 3, 1, H, W] in [-1, 1] -> [1, tokens, dim]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """The prompt to tokens."""
+
+    def __call__(self, prompt: str) -> Tensor:
+        """-> [L, dim], the real tokens only, L <= text_len."""
+        ...
+
+
+@dataclasses.dataclass
+class Model:
+    """What `flashtalk_rt.load` returns.
+
+    `label` is drawn on every frame and written to the metadata when it is not empty: the embedded
+    toy says "toy model".
+    """
+
+    dit: DiT
+    vae: VAE
+    audio_encoder: AudioEncoder
+    image_encoder: ImageEncoder
+    text_encoder: TextEncoder
+    stream: StreamConfig
+    label: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.dit.parameters()).device
+
+    def networks(self) -> list[nn.Module]:
+        """The parts that are torch modules with weights."""
+        parts = (self.dit, self.vae, self.audio_encoder, self.image_encoder, self.text_encoder)
+        return [p for p in parts if isinstance(p, nn.Module)]

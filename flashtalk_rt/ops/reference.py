@@ -1,0 +1,166 @@
+"""The plain PyTorch meaning of every op: what a kernel must reproduce, and what a CPU runs.
+
+Statistics (norms, rotations, softmax of the explicit forms) are computed in float32 whatever the
+input's dtype; results return in the input's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D], weight [D] -> x / rms(x) * weight, in x's dtype."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x [..., D], affine weight and bias [D] or None, in x's dtype."""
+    weight = None if weight is None else weight.float()
+    bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, then modulation: norm(x) * (1 + scale) + shift.
+
+    x [B, L, D]; shift and scale [B, 1, D] float32.  Returns x's dtype.
+    """
+    normed = F.layer_norm(x.float(), x.shape[-1:], None, None, eps)
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y * gate: x, y [B, L, D]; gate [B, 1, D] float32.  Returns x's dtype."""
+    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Rotation angles of 3D RoPE (theta 10000) for a token grid (T, H, W), as [T*H*W, head_dim/2, 2].
+
+    The head_dim/2 pairs split over time, height and width as WAN2.1 does: height and width take
+    a third each, rounded down, time the rest (22 / 21 / 21 for 128).  The last axis is (cos, sin),
+    float32, computed in float64.
+    """
+    pairs = head_dim // 2
+    side = pairs // 3
+    tables = []
+    for axis, (size, width) in enumerate(zip(grid, (pairs - 2 * side, side, side), strict=True)):
+        exponent = torch.arange(width, dtype=torch.float64, device=device) / width
+        position = torch.arange(size, dtype=torch.float64, device=device)
+        angle = torch.outer(position, 10000.0**-exponent)
+        shape = [1, 1, 1, width]
+        shape[axis] = size
+        tables.append(angle.view(shape).expand(*grid, width))
+    angles = torch.cat(tables, dim=-1).reshape(-1, pairs)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def qk_norm_rope(x: Tensor, weight: Tensor, table: Tensor, num_heads: int, eps: float) -> Tensor:
+    """RMSNorm over the full width, head split and interleaved-pair rotation of a query or key.
+
+    x [B, L, H*D], weight [H*D], table [L, D/2, 2] float32 from `rope_table` -> [B, L, H, D].
+    """
+    batch, length, width = x.shape
+    normed = F.rms_norm(x.float(), (width,), weight.float(), eps)
+    pairs = normed.view(batch, length, num_heads, -1, 2)
+    real, imag = pairs.unbind(-1)
+    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    rotated = torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def chunk_mask(length: int, chunk_tokens: int, device: torch.device) -> Tensor:
+    """[L, L] bool, True where a query (row) may see a key: its own chunk and every earlier one."""
+    chunk = torch.arange(length, device=device) // chunk_tokens
+    return chunk[:, None] >= chunk[None, :]
+
+
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int | None = None) -> Tensor:
+    """The explicit float32 form of `ops.chunk_attention`; q, k, v and the result [B, L, H, D]."""
+    scores = torch.einsum("blhd,bmhd->bhlm", q.float(), k.float()) * q.shape[-1] ** -0.5
+    if chunk_tokens is not None:
+        scores = scores.masked_fill(~chunk_mask(q.shape[1], chunk_tokens, q.device), float("-inf"))
+    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.float()).to(q.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Unmasked attention through torch: q [B, L, H, D], k and v [B, M, H, D] -> [B, L, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def dual_cross_attention(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor
+) -> Tensor:
+    """One query against two separate softmaxes, summed: q [B, L, H, D], keys [B, *, H, D]."""
+    return attend(q, text_k, text_v) + attend(q, image_k, image_v)
+
+
+def audio_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each latent frame's tokens see that frame's audio tokens alone.
+
+    q [B, T*S, H, D] with S tokens a latent frame; k and v [B, T, N, H, D] -> [B, T*S, H, D].
+    """
+    batch, frames = k.shape[:2]
+    folded = q.reshape(batch * frames, -1, *q.shape[2:])
+    return attend(folded, k.flatten(0, 1), v.flatten(0, 1)).reshape(q.shape)
+
+
+# CIE standard values: sRGB primaries with the D65 white point (IEC 61966-2-1, CIE 15).
+_RGB_TO_XYZ = (
+    (0.412453, 0.357580, 0.180423),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334, 0.119193, 0.950227),
+)
+_WHITE = (0.95047, 1.0, 1.08883)
+
+
+def rgb_to_lab(rgb: Tensor) -> Tensor:
+    """sRGB in [0, 1] -> CIE L*a*b* (D65); [..., 3, H, W] float32."""
+    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp(min=0) ** 2.4, rgb / 12.92)
+    matrix = rgb.new_tensor(_RGB_TO_XYZ) / rgb.new_tensor(_WHITE)[:, None]
+    xyz = torch.einsum("ij,...jhw->...ihw", matrix, linear)
+    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-12) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = f.unbind(-3)
+    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=-3)
+
+
+def lab_to_rgb(lab: Tensor) -> Tensor:
+    """The inverse of `rgb_to_lab`, clipped to [0, 1]."""
+    lightness, a, b = lab.unbind(-3)
+    y = (lightness + 16) / 116
+    f = torch.stack((y + a / 500, y, (y - b / 200).clamp(min=0)), dim=-3)
+    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
+    matrix = torch.linalg.inv(lab.new_tensor(_RGB_TO_XYZ).double() / lab.new_tensor(_WHITE).double()[:, None])
+    linear = torch.einsum("ij,...jhw->...ihw", matrix.to(lab.dtype), xyz)
+    gamma = 1.055 * linear.clamp(min=1e-12) ** (1 / 2.4) - 0.055
+    return torch.where(linear > 0.0031308, gamma, 12.92 * linear).clamp(0, 1)
+
+
+def lab_statistics(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-frame mean and population deviation of L, a and b: frames [B, 3, T, H, W] in [-1, 1] ->
+    two [B, T, 3, 1, 1] float32."""
+    lab = rgb_to_lab((frames.float().transpose(1, 2) + 1) / 2)
+    return lab.mean((-2, -1), keepdim=True), lab.std((-2, -1), correction=0, keepdim=True)
+
+
+def color_match(frames: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
+    """Shift and scale each frame's Lab channels to a reference's `lab_statistics`.
+
+    frames [B, 3, T, H, W] in [-1, 1]; mean and std [B, 1, 3, 1, 1]; `strength` in [0, 1] blends
+    between the frames (0) and the matched ones (1).  Returns frames' dtype.
+    """
+    if strength == 0:
+        return frames
+    rgb = (frames.float().transpose(1, 2) + 1) / 2
+    lab = rgb_to_lab(rgb)
+    own_mean = lab.mean((-2, -1), keepdim=True)
+    own_std = lab.std((-2, -1), correction=0, keepdim=True)
+    # A flat channel has nothing to scale; it only moves.
+    gain = torch.where(own_std > 1e-8, std / own_std.clamp(min=1e-8), torch.ones_like(own_std))
+    matched = lab_to_rgb((lab - own_mean) * gain + mean)
+    blended = rgb + strength * (matched - rgb)
+    return (blended * 2 - 1).transpose(1, 2).to(frames.dtype)
