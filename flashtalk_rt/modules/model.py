@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..config import StreamConfig
+from ..errors import InputError
 from .dit import DiT
 from .vae import VAE
 
@@ -42,7 +44,8 @@ class Model:
     """What `flashtalk_rt.load` returns.
 
     `label` is drawn on every frame and written to the metadata when it is not empty: the embedded
-    toy says "toy model".
+    toy says "toy model".  `min_portrait_psnr_db`: pictures that the VAE reconstructs worse than this
+    are not of its world (a photograph, for the toy) and are refused; 0 accepts every picture.
     """
 
     dit: DiT
@@ -52,6 +55,7 @@ class Model:
     text_encoder: TextEncoder
     stream: StreamConfig
     label: str = ""
+    min_portrait_psnr_db: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -61,3 +65,17 @@ class Model:
         """The parts that are torch modules with weights."""
         parts = (self.dit, self.vae, self.audio_encoder, self.image_encoder, self.text_encoder)
         return [p for p in parts if isinstance(p, nn.Module)]
+
+    def check_portrait(self, image: Tensor) -> None:
+        """Raise InputError for a picture outside the model's world.  image [1, 3, 1, H, W] in [-1, 1]."""
+        if self.min_portrait_psnr_db <= 0:
+            return
+        reconstruction = self.vae.decode(self.vae.encode(image)).float()
+        # PSNR of a range of 2.
+        psnr_db = 10 * math.log10(4 / max((reconstruction - image).square().mean().item(), 1e-10))
+        if psnr_db < self.min_portrait_psnr_db:
+            raise InputError(
+                f"this picture is not one the {self.label or 'model'} can animate (it reconstructs it to "
+                f"{psnr_db:.1f} dB, its own cartoon faces to {self.min_portrait_psnr_db:.0f} or more); "
+                "give a published checkpoint with --checkpoint for photographs"
+            )

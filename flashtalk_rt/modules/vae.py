@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import VAEConfig
 
 Cache = list[Tensor | None]
@@ -44,10 +45,20 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *((1,) * (2 if image else 3))))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * (x.shape[1] ** 0.5 * self.gamma)
+        # |x| = sqrt(C) rms(x), so this is RMSNorm along the innermost axis of a channels-last tensor;
+        # the epsilon only keeps an all-zero pixel zero, as the published clamp of |x| does.
+        return F.rms_norm(x.movedim(1, -1), x.shape[1:2], self.gamma.flatten(), 1e-24).movedim(-1, 1)
 
 
-class CausalConv3d(nn.Conv3d):
+class Conv3d(nn.Conv3d):
+    """The parameters of `nn.Conv3d`, computed by `ops.conv3d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return ops.conv3d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+
+
+class CausalConv3d(Conv3d):
     """A 3D convolution that sees this frame and the two before it, zeros before the start."""
 
     def __init__(self, in_dim: int, out_dim: int, kernel: int) -> None:
@@ -117,7 +128,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, *, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.time_conv = Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cursor: CacheCursor) -> Tensor:
         x = per_frame(self.resample, x)
@@ -138,7 +149,7 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(
             nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
         )
-        self.time_conv = nn.Conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+        self.time_conv = Conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cursor: CacheCursor) -> Tensor:
         if self.time_conv is not None:
@@ -146,7 +157,7 @@ class Upsample(nn.Module):
         return per_frame(self.resample, x)
 
     @staticmethod
-    def _double_frames(time_conv: nn.Conv3d, x: Tensor, cursor: CacheCursor) -> Tensor:
+    def _double_frames(time_conv: Conv3d, x: Tensor, cursor: CacheCursor) -> Tensor:
         past = cursor.take()
         if past is None:  # the first frame is not doubled, and the second sees zeros as its past
             cursor.put(x.new_zeros(*x.shape[:2], 2, *x.shape[3:]))
@@ -239,6 +250,14 @@ class VAE(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.conv2.weight.dtype
+
+    def channels_last(self) -> VAE:
+        """Lay the convolution weights out channels-last, in place: the layout the activations have."""
+        formats = {5: torch.channels_last_3d, 4: torch.channels_last}
+        for parameter in self.parameters():
+            if parameter.dim() in formats:
+                parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+        return self
 
     def encode(self, video: Tensor) -> Tensor:
         """The latent's mean, normalised.  video [B, 3, T, H, W], T = 1 + 4 n, H and W divisible by

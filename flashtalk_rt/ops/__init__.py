@@ -1,6 +1,10 @@
 """Every op the networks are made of, as differentiable torch functions."""
 
+from . import chunk_attention as _chunk_attention
+from . import conv3d as _conv3d
+from ._dispatch import OpSpec
 from .chunk_attention import chunk_attention
+from .conv3d import conv3d
 from .reference import (
     adaln,
     audio_cross_attention,
@@ -14,11 +18,16 @@ from .reference import (
     rope_table,
 )
 
+# Every op that has more than one backend, for `flashtalk doctor` and the parity tests.
+REGISTRY: tuple[OpSpec, ...] = (_chunk_attention.SPEC, _conv3d.SPEC)
+
 __all__ = [
+    "REGISTRY",
     "adaln",
     "audio_cross_attention",
     "chunk_attention",
     "color_match",
+    "conv3d",
     "dual_cross_attention",
     "gate_residual",
     "lab_statistics",

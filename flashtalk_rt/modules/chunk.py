@@ -1,0 +1,62 @@
+"""What happens to one chunk between audio features and pixels: shared by the runtime and training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import Sampler
+from .dit import DiT, KeysValues, LayerContext
+from .schedule import advance
+from .vae import VAE
+
+NoiseSource = Callable[[], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the reference image and the prompt contribute: constant over a session."""
+
+    context: list[LayerContext]
+    y: Tensor  # [B, 20, T, h, w]: 4 mask channels, 16 of the reference latent
+
+
+def reference_latent(vae: VAE, image: Tensor, frames: int) -> Tensor:
+    """The DiT's y: the encoding of `image` [B, 3, 1, H, W] followed by mid-grey frames, behind a
+    mask that is 1 on the first latent frame.  Returns [B, 4 + z, (frames - 1) / 4 + 1, h, w]."""
+    video = torch.cat((image, image.new_zeros(*image.shape[:2], frames - 1, *image.shape[3:])), dim=2)
+    latent = vae.encode(video)
+    mask = latent.new_zeros(latent.shape[0], 4, *latent.shape[2:])
+    mask[:, :, 0] = 1
+    return torch.cat((mask, latent), dim=1)
+
+
+def denoise(
+    dit: DiT,
+    reference: Reference,
+    audio: Sequence[KeysValues],
+    motion: Tensor,
+    times: Sequence[float],
+    sampler: Sampler,
+    noise: NoiseSource,
+) -> Iterator[Tensor]:
+    """Denoise one chunk, yielding the latent after every step, so that a caller may stop between.
+
+    motion [B, z, m, h, w]: the past's latent frames, which replace the head of the latent before
+    the first step and after every one.  times: noise levels in [0, 1], the last 0.  `noise` draws
+    one latent-shaped standard normal: the initial latent, then (sampler "renoise") one after every
+    step, the last included, in that order.  Yields [B, z, T, h, w].
+    """
+    kept = motion.shape[2]
+    latent = noise()
+    latent[:, :, :kept] = motion
+    for t, s in zip(times, times[1:], strict=False):
+        step = torch.full((latent.shape[0],), t * 1000, device=latent.device)
+        velocity = dit(latent, step, reference.y, reference.context, audio)
+        fresh = noise() if sampler == "renoise" else None
+        latent = advance(sampler, latent, velocity, t, s, fresh).to(latent.dtype)
+        latent[:, :, :kept] = motion
+        yield latent

@@ -1,0 +1,149 @@
+"""One stream's state: audio in, chunks of frames out."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..modules.audio import AudioRing
+from .label import draw_label, label_mask
+from .timing import StageClock
+
+if TYPE_CHECKING:
+    from .engine import Constants, Engine
+
+Samples = Tensor | npt.NDArray[np.floating]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What one step of a session hands out."""
+
+    index: int
+    frames: Tensor  # uint8 [T, H, W, 3] RGB on the host
+    audio: Tensor  # float32 [samples] on the host, what the frames were made for
+    timings_ms: dict[str, float]  # stage -> milliseconds
+
+
+class Session:
+    """A stream, made by `Engine.session`.  Push audio, iterate for chunks.
+
+    Iterating yields every chunk that the pushed audio allows and then stops; it can be resumed after
+    more audio.  After `end_audio` the rest comes too, padded with silence and cut to the audio's
+    length, to one frame.  The same seed and audio give the same frames, however the audio was cut.
+    `interrupt` may be called from another thread.
+    """
+
+    def __init__(self, engine: Engine, constants: Constants, seed: int) -> None:
+        stream = engine.model.stream
+        self._engine = engine
+        self._constants: Constants | None = constants
+        self._motion = constants.first_motion.float()
+        self._generator = torch.Generator(engine.device).manual_seed(seed)
+        self._ring = AudioRing(stream.ring_s, stream.sample_rate_hz, engine.device)
+        self._pending: deque[Tensor] = deque()
+        self._pending_samples = 0
+        self._index = 0
+        self._ended = False
+        self._interrupted = threading.Event()
+        self._label = label_mask(engine.model.label, engine.height, engine.width)
+
+    def push_audio(self, samples: Samples) -> None:
+        """Queue speech: mono float [n], 16 kHz, any length, nominally in [-1, 1].  Raises InputError
+        for another shape or dtype, for NaN or infinity, after `end_audio` or after `close`."""
+        if self._ended or self._constants is None:
+            raise InputError("this session takes no more audio: it was ended or closed; start another")
+        block = torch.as_tensor(samples)
+        if block.ndim != 1 or not block.is_floating_point():
+            raise InputError(f"audio is {block.dtype} {list(block.shape)}; give mono float samples [n]")
+        if not bool(torch.isfinite(block).all()):
+            raise InputError("audio holds NaN or infinite samples; clean it first")
+        self._pending.append(block.detach().to("cpu", torch.float32, copy=True))
+        self._pending_samples += block.numel()
+
+    def end_audio(self) -> None:
+        """No more audio comes: iterating now yields the rest."""
+        self._ended = True
+
+    def interrupt(self) -> None:
+        """Drop the queued audio and the chunk being made, at the next denoising step at the latest.
+
+        Iterating then stops.  The stream stays usable: audio pushed later continues from the last
+        finished chunk.
+        """
+        self._interrupted.set()
+
+    def close(self) -> None:
+        """Release the stream's tensors; it takes no more audio and yields no more chunks."""
+        self._constants = None
+        self._drop_pending()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while (chunk := self._next()) is not None:
+            yield chunk
+
+    def _next(self) -> Chunk | None:
+        stream = self._engine.model.stream
+        ready = self._pending_samples >= stream.chunk_samples or (self._ended and self._pending_samples > 0)
+        if self._stopped() or self._constants is None or not ready:
+            return None
+        clock = StageClock(self._engine.device)
+        audio = self._take(stream.chunk_samples)
+        ring = self._ring.samples()
+        with clock.stage("audio"):
+            padded = torch.zeros(stream.chunk_samples)
+            padded[: audio.numel()] = audio
+            self._ring.push(padded.to(self._engine.device))
+            windows = self._engine.audio_features(self._ring.samples())
+        made = self._engine.run_chunk(
+            self._constants, self._motion, windows, self._noise, self._interrupted.is_set, clock
+        )
+        if made is None:
+            self._ring.push(ring)  # what was never shown was never said
+            self._stopped()
+            return None
+        self._motion = made.motion
+        # Whole frames only, and at least one: a tail shorter than a frame still shows its sound.
+        count = max(1, min(stream.new_frames, round(audio.numel() / stream.samples_per_frame)))
+        pixels = ((made.frames[0, :, :count] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        host = draw_label(pixels.permute(1, 2, 3, 0).cpu(), self._label)
+        chunk = Chunk(self._index, host, audio, clock.timings_ms())
+        self._index += 1
+        return chunk
+
+    def _stopped(self) -> bool:
+        """Whether `interrupt` was called since last asked; drops what was queued if so."""
+        if not self._interrupted.is_set():
+            return False
+        self._interrupted.clear()
+        self._drop_pending()
+        return True
+
+    def _drop_pending(self) -> None:
+        self._pending.clear()
+        self._pending_samples = 0
+
+    def _take(self, count: int) -> Tensor:
+        """The next `count` samples, or all there are."""
+        parts = []
+        while count and self._pending:
+            block = self._pending.popleft()
+            parts.append(block[:count])
+            if block.numel() > count:
+                self._pending.appendleft(block[count:])
+            count -= parts[-1].numel()
+        taken = torch.cat(parts)
+        self._pending_samples -= taken.numel()
+        return taken
+
+    def _noise(self) -> Tensor:
+        return torch.randn(self._engine.latent_shape(), generator=self._generator, device=self._engine.device)
