@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from . import ops
     from .errors import CheckpointError, FlashTalkError, InputError, OutputError
     from .modules.model import Model
-    from .modules.weights import convert, load
+    from .modules.convert import convert
+    from .modules.weights import load
     from .runtime import Chunk, Engine, Session
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ _HOMES = {
     "InputError": "errors",
     "OutputError": "errors",
     "Model": "modules.model",
-    "convert": "modules.weights",
+    "convert": "modules.convert",
     "load": "modules.weights",
     "Chunk": "runtime",
     "Engine": "runtime",

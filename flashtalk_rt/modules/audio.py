@@ -27,7 +27,8 @@ def _k_weighting(n: int, sample_rate_hz: int, device: torch.device) -> Tensor:
     """
     amp = 10 ** (4.0 / 40)
     w = 2 * math.pi * 1500.0 / sample_rate_hz
-    cos, root = math.cos(w), 2 * math.sqrt(amp) * math.sin(w) * math.sqrt(0.5)  # 2 sqrt(A) alpha, Q = 1/sqrt 2
+    cos = math.cos(w)
+    root = math.sqrt(2 * amp) * math.sin(w)  # the cookbook's 2 sqrt(A) alpha at Q = 1/sqrt 2
     up, down = amp + 1, amp - 1
     shelf_b = [amp * (up + down * cos + root), -2 * amp * (down + up * cos), amp * (up + down * cos - root)]
     shelf_a = [up - down * cos + root, 2 * (down - up * cos), up - down * cos - root]
@@ -38,8 +39,9 @@ def _k_weighting(n: int, sample_rate_hz: int, device: torch.device) -> Tensor:
     pass_a = [1 + alpha, -2 * cos, 1 - alpha]
 
     taps = torch.tensor([shelf_b, pass_b, shelf_a, pass_a], dtype=torch.float64, device=device)
-    spectrum = torch.fft.rfft(taps, n=n)
-    return spectrum[0] * spectrum[1] / (spectrum[2] * spectrum[3])
+    shelf_num, pass_num, shelf_den, pass_den = torch.fft.rfft(taps, n=n).unbind()
+    response: Tensor = shelf_num * pass_num / (shelf_den * pass_den)
+    return response
 
 
 def loudness_lufs(samples: Tensor, sample_rate_hz: int) -> Tensor:
@@ -54,7 +56,7 @@ def loudness_lufs(samples: Tensor, sample_rate_hz: int) -> Tensor:
     n = samples.shape[-1]
     if n < _BLOCK_S * sample_rate_hz:
         raise InputError(
-            f"loudness needs at least {_BLOCK_S} s of sound, got {n / sample_rate_hz:.3f} s; pad it with silence"
+            f"loudness needs at least {_BLOCK_S} s of sound, got {n / sample_rate_hz:.3f} s; pad with zeros"
         )
     padded = n + math.ceil(_RINGING_S * sample_rate_hz)
     padded = math.ceil(padded / 4096) * 4096  # a length the FFT factors well
@@ -130,7 +132,9 @@ class AudioRing:
         finite = torch.isfinite(samples)
         if not bool(finite.all()):
             at = int((~finite).nonzero()[0])
-            raise InputError(f"audio sample {at} of {samples.numel()} is {float(samples[at])}; clean it first")
+            raise InputError(
+                f"audio sample {at} of {samples.numel()} is {float(samples[at])}; it must be finite"
+            )
         new = samples[-self._samples.numel() :].to(self._samples)
         self._samples = torch.cat([self._samples[new.numel() :], new])
 

@@ -279,7 +279,8 @@ class DiT(nn.Module):
         """
         x = self.patch_embedding(torch.cat((latent, y), dim=1).to(self.dtype))
         grid = (x.shape[2], x.shape[3], x.shape[4])
-        x = x.flatten(2).transpose(1, 2)
+        # Under autocast the residual stream stays in the parameters' precision.
+        x = x.flatten(2).transpose(1, 2).to(self.dtype)
         # The table costs microseconds beside one block; holding it would be state to invalidate.
         table = ops.rope_table(grid, self.config.head_dim, x.device)
         embedding = self.time_embedding(time_features(t, self.config.freq_dim).to(self.dtype))

@@ -243,6 +243,7 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
+        self._on_device: dict[torch.device, Tensor] = {}
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
@@ -265,8 +266,12 @@ class VAE(nn.Module):
         mean, _ = self.encode_distribution(video)
         return self.normalize(mean)
 
-    def encode_distribution(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the unnormalised latent, each [B, z, 1 + n, H/8, W/8]."""
+    def encode_distribution(self, video: Tensor, step: int = ENCODE_STEP) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the unnormalised latent, each [B, z, 1 + n, H/8, W/8].
+
+        `step`: frames at a time after the first, a multiple of 4.  More is faster on a short clip and
+        takes more memory; the result is the same.
+        """
         frames, height, width = video.shape[2:]
         if frames % ENCODE_STEP != 1 or height % STRIDE or width % STRIDE:
             raise ValueError(
@@ -275,21 +280,22 @@ class VAE(nn.Module):
         video = self._channels_last(video.to(self.dtype))
         cache: Cache | None = None
         parts = []
-        for start in (0, *range(1, frames, ENCODE_STEP)):
+        for start in (0, *range(1, frames, step)):
             cursor = CacheCursor(cache)
-            end = start + ENCODE_STEP if start else 1
+            end = start + step if start else 1
             parts.append(self.encoder(video[:, :, start:end], cursor))
             cache = cursor.future
         mean, logvar = self.conv1(torch.cat(parts, dim=2)).chunk(2, dim=1)
         return mean, logvar
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, step: int = 1) -> Tensor:
         """The video of a normalised latent [B, z, 1 + n, h, w] -> [B, 3, 1 + 4 n, 8 h, 8 w], in
-        about [-1, 1] (not clamped)."""
+        about [-1, 1] (not clamped).  `step`: latent frames at a time after the first."""
         cache: Cache | None = None
         parts = []
-        for index in range(latent.shape[2]):
-            frames, cache = self.decode_step(latent[:, :, index : index + 1], cache)
+        for start in (0, *range(1, latent.shape[2], step)):
+            end = start + step if start else 1
+            frames, cache = self.decode_step(latent[:, :, start:end], cache)
             parts.append(frames)
         return torch.cat(parts, dim=2)
 
@@ -312,10 +318,14 @@ class VAE(nn.Module):
         return ((mean.float() - center) / std).to(mean.dtype)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1, 1)
-        config = self.config
-        mean = torch.tensor(config.latent_mean, dtype=torch.float32, device=like.device).view(shape)
-        std = torch.tensor(config.latent_std, dtype=torch.float32, device=like.device).view(shape)
+        """The latent's mean and deviation, float32 [1, z, 1, 1, 1], copied to a device once: a copy
+        from the host cannot be captured in a CUDA graph."""
+        if like.device not in self._on_device:
+            config = self.config
+            with torch.inference_mode(False):
+                stacked = torch.tensor((config.latent_mean, config.latent_std), device=like.device)
+                self._on_device[like.device] = stacked.view(2, 1, -1, 1, 1, 1)
+        mean, std = self._on_device[like.device]
         return mean, std
 
     @staticmethod

@@ -1,0 +1,8 @@
+"""`python -m flashtalk_rt` is the `flashtalk` command."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""The `flashtalk` command.
+
+Exit codes: 0 done; 2 something given cannot be used or written, with one `error:` line; 128 + n stopped
+by signal n (130 for Ctrl-C, 143 for SIGTERM), with a line that says what was kept.
+
+Everything cheap is checked before torch is imported, and everything given before the output is touched.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, cast, get_args
+
+import typer
+
+from . import __version__
+from .config import Precision
+from .errors import FlashTalkError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
+
+    from .config import StreamConfig
+    from .media import AudioReader, VideoWriter
+    from .runtime import Chunk, Session
+
+DEFAULT_PROMPT = "A person is talking."
+SIZE_MULTIPLE = 16  # as runtime.engine's, which is known only once torch is imported
+EMBEDDED_NOTICE = (
+    "embedded model: a toy that animates drawn cartoon faces only; give --checkpoint FOLDER for photographs"
+)
+# Every usage error of typer; its other names moved between typer's releases.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    name="flashtalk", help="A talking video from one portrait and speech.", add_completion=False
+)
+
+
+class Stopped(BaseException):
+    """A stop signal arrived."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: they raise `Stopped` at once, or, inside `gently`, when the work allows it.
+
+    `kept` is for the user: what is left of the work.
+    """
+
+    def __init__(self) -> None:
+        self.kept = ""
+        self._ask: Callable[[], None] | None = None
+        self._number = 0
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._handle) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    @contextmanager
+    def gently(self, ask: Callable[[], None]) -> Iterator[None]:
+        """Inside, the first signal calls `ask` and `check` raises; a second one raises at once."""
+        self._ask = ask
+        try:
+            yield
+        finally:
+            self._ask = None
+
+    def check(self) -> None:
+        if self._number:
+            raise Stopped(self._number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._ask is None or self._number:
+            raise Stopped(number)
+        self._number = number
+        self._ask()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (the process's own by default) and return its exit code."""
+    stop = Stop()
+    try:
+        with stop.caught():
+            command = typer.main.get_command(app)
+            code = command.main(
+                None if argv is None else list(argv), prog_name="flashtalk", obj=stop, standalone_mode=False
+            )
+            return code if isinstance(code, int) else 0
+    except (FlashTalkError, UsageError) as error:
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        say(f"error: {' '.join(text.split())}", to_stderr=True)
+        return 2
+    except Stopped as stopped:
+        say(f"interrupted{': ' if stop.kept else ''}{stop.kept}", to_stderr=True)
+        return 128 + stopped.number
+
+
+def say(text: str, to_stderr: bool = False) -> None:
+    """One line, as it is: no wrapping, no markup (paths hold brackets)."""
+    typer.echo(text, err=to_stderr)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        say(f"flashtalk {__version__}")
+    elif context.invoked_subcommand is None:
+        say(context.get_help())
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    image: Annotated[Path, typer.Option(help="The portrait: any picture Pillow reads.")],
+    audio: Annotated[Path, typer.Option(help="The speech: any sound FFmpeg reads.")],
+    out: Annotated[Path, typer.Option(help="The video, .mp4; overwritten once the first frames are made.")],
+    checkpoint: Annotated[str, typer.Option(help="A model folder, published or converted.")] = "embedded",
+    prompt: Annotated[str | None, typer.Option(help=f'Default: "{DEFAULT_PROMPT}"')] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same video.")] = 0,
+    size: Annotated[
+        str | None,
+        typer.Option(help="HEIGHTxWIDTH, as 768x448, each divisible by 16. Default: the model's."),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: by device.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+) -> None:
+    """Make a talking video, as long as the speech.
+
+    The file plays at any moment: after Ctrl-C or a kill it holds what was made until then.
+    """
+    stop = cast(Stop, context.obj)
+    stop.kept = "nothing was written"
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps is {steps}; it must be 1 or more")
+    height, width = parse_size(size) if size is not None else (None, None)
+    chosen = parse_precision(precision) if precision is not None else None
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device is {device!r}; use cpu, cuda or cuda:N")
+
+    from .media import AudioReader, VideoWriter, check_output
+    from .modules.image import open_image
+
+    check_output(out)
+    for name, given in (("image", image), ("audio", audio)):
+        if out.exists() and given.exists() and out.samefile(given):
+            raise InputError(f"--out {out} is the --{name} file itself; name another file")
+    portrait = open_image(image)
+    reader = AudioReader(audio)
+    samples = reader.scan()
+    if checkpoint == "embedded":
+        say(EMBEDDED_NOTICE + ("; --prompt is ignored, it knows no text" if prompt is not None else ""))
+
+    from .modules.weights import load
+    from .runtime import Engine
+
+    check_device(device)
+    model = load(checkpoint, device, None if chosen is None else dtype_of(chosen))
+    engine = Engine(model, steps, chosen, height, width)
+    session = engine.session(portrait, DEFAULT_PROMPT if prompt is None else prompt, seed)
+    stream = model.stream
+    comment = f"{model.label + ': ' if model.label else ''}AI-generated video, flashtalk {__version__}"
+    writer = VideoWriter(out, engine.height, engine.width, stream.fps, stream.sample_rate_hz, comment)
+    started = time.perf_counter()
+    try:
+        with writer, stop.gently(session.interrupt), progress_bar(samples, stream) as bar:
+            stream_through(reader, session, writer, bar, stop)
+    finally:
+        video_s = writer.frames / stream.fps
+        if video_s:
+            stop.kept = f"{video_s:.2f} s of video are kept in {out}"
+    compute_s = time.perf_counter() - started
+    say(
+        f"{out}: {writer.frames} frames, {video_s:.2f} s of video in {compute_s:.1f} s "
+        f"({writer.frames / compute_s:.1f} frames/s; {compute_s / video_s:.2f} s of compute "
+        "per second of video)"
+    )
+
+
+def stream_through(
+    reader: AudioReader, session: Session, writer: VideoWriter, bar: Progress, stop: Stop
+) -> None:
+    """Audio in, frames out, a block at a time; raises Stopped between chunks."""
+
+    def drain() -> None:
+        for chunk in session:
+            write_chunk(writer, chunk)
+            bar.advance(bar.task_ids[0], len(chunk.frames))
+            stop.check()
+        stop.check()
+
+    for block in reader:
+        session.push_audio(block)
+        drain()
+    session.end_audio()
+    drain()
+    session.close()
+
+
+def write_chunk(writer: VideoWriter, chunk: Chunk) -> None:
+    writer.write(chunk.frames.numpy(), chunk.audio.numpy())
+
+
+def progress_bar(samples: int, stream: StreamConfig) -> Progress:
+    """A bar on stderr over the frames that `samples` will give; hidden where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class FramesPerSecond(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("-- frames/s" if speed is None else f"{speed:.1f} frames/s")
+
+    console = Console(stderr=True)
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        FramesPerSecond(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=120.0,  # a chunk can take many seconds
+    )
+    bar.add_task("frames", total=max(1, math.ceil(samples / stream.samples_per_frame)))
+    return bar
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "768x448" -> (height, width); InputError otherwise."""
+    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if match is None:
+        raise InputError(f"--size is {text!r}; give HEIGHTxWIDTH, such as 768x448")
+    height, width = int(match[1]), int(match[2])
+    for name, side in (("height", height), ("width", width)):
+        if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
+            near = max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+            raise InputError(
+                f"--size {text}: {name} {side} is not divisible by {SIZE_MULTIPLE}; the nearest is {near}"
+            )
+    return height, width
+
+
+def parse_precision(text: str) -> Precision:
+    if text not in get_args(Precision):
+        raise InputError(f"--precision is {text!r}; use one of {', '.join(get_args(Precision))}")
+    return cast(Precision, text)
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    from .runtime.engine import DTYPES
+
+    return DTYPES[precision]
+
+
+def check_device(device: str | None) -> None:
+    """InputError when `device` names a GPU that torch does not see."""
+    import torch
+
+    if device is None or device == "cpu":
+        return
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise InputError(
+            f"--device is {device}, but torch {torch.__version__} sees {count} CUDA devices; "
+            "use cpu, or see `flashtalk doctor`"
+        )
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="A model folder, published or converted.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    precision: Annotated[str, typer.Option(help="Of the DiT: bf16 or fp32.")] = "bf16",
+) -> None:
+    """Rewrite a checkpoint folder as safetensors that load fast and hold everything needed."""
+    chosen = parse_precision(precision)
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {folder} is not a folder that exists; check the path")
+    from .modules.convert import convert as rewrite
+
+    rewrite(folder, out, dtype_of(chosen))
+    say(f"{out}: written in {chosen}")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, which backend serves each operator, and why the others were refused."""
+    from rich.console import Console
+
+    from .doctor import report
+    from .ops import REGISTRY
+
+    Console().print(report(REGISTRY))
+
+
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def train(context: typer.Context) -> None:
+    """Train: `flashtalk train --help` lists the stages."""
+    from .training.world.commands import app as stages  # only now: it brings torch
+
+    typer.main.get_command(stages).main(
+        context.args, prog_name="flashtalk train", obj=context.obj, standalone_mode=False
+    )

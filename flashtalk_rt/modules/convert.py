@@ -1,0 +1,234 @@
+"""Our one checkpoint layout, written by `flashtalk convert` and by training, and shipped in the package.
+
+    flashtalk.json                   format, label, dit, vae, stream, encoders
+    dit-00001-of-0000N.safetensors   the DiT, at most SHARD_BYTES a file
+    vae.safetensors
+    {audio,image,text}_encoder.safetensors, tokenizer/    where the encoders have weights
+
+Names are those of the modules' state dicts; safetensors' format: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DiTConfig, StreamConfig, VAEConfig, from_mapping
+from ..errors import CheckpointError, InputError, OutputError
+from .model import Model
+from .toy_encoders import MelAudioEncoder, NullTextEncoder, PatchImageEncoder
+from .weights import (
+    ENCODER_DTYPES,
+    Checkpoint,
+    Part,
+    SafetensorsFiles,
+    StateSource,
+    build,
+    load_checkpoint,
+    parameters_of,
+    read_checkpoint,
+)
+
+LAYOUT_FILE = "flashtalk.json"
+FORMAT = 1
+SHARD_BYTES = 4 * 10**9
+ENCODERS = ("audio_encoder", "image_encoder", "text_encoder")
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def convert(folder: str | Path, out: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Rewrite a checkpoint (published, or converted before) in our layout as the new folder `out`.
+
+    The DiT is stored in `dtype`, the text encoder in bfloat16, the rest in float32. One tensor at a time is
+    in memory. `out` appears under its name only when complete. InputError: `out` exists and is not empty, or
+    its parent does not exist. OutputError: the disk is too small or full, or writing failed.
+    CheckpointError: as `weights.load`.
+    """
+    dtypes = {"dit": dtype, "vae": torch.float32, **ENCODER_DTYPES}
+    write_converted(read_checkpoint(folder), Path(out), dtypes)
+
+
+def save_converted(model: Model, out: str | Path, dtype: torch.dtype) -> None:
+    """Write a model with the toy's encoders as a new folder in our layout, DiT and VAE in `dtype`.
+
+    This is how training writes the embedded folder. Errors as `convert`; other encoders: ValueError.
+    """
+    audio, image, text = model.audio_encoder, model.image_encoder, model.text_encoder
+    if not (
+        isinstance(audio, MelAudioEncoder)
+        and isinstance(image, PatchImageEncoder)
+        and isinstance(text, NullTextEncoder)
+    ):
+        raise ValueError("save_converted writes models with the toy encoders; use `convert` for others")
+    checkpoint = Checkpoint(
+        dit=model.dit.config,
+        vae=model.vae.config,
+        stream=model.stream,
+        label=model.label,
+        encoders={
+            "audio_encoder": {
+                "kind": "toy",
+                "sample_rate_hz": model.stream.sample_rate_hz,
+                "fps": model.stream.fps,
+                "mels": audio.mels,
+                "subframes": audio.subframes,
+            },
+            "image_encoder": {"kind": "toy", "grid": image.grid, "patch": image.patch},
+            "text_encoder": {"kind": "toy", "dim": text.dim},
+        },
+        parts={
+            "dit": Part(StateSource("the DiT", model.dit.state_dict())),
+            "vae": Part(StateSource("the VAE", model.vae.state_dict())),
+        },
+    )
+    write_converted(checkpoint, Path(out), {"dit": dtype, "vae": dtype})
+
+
+def load_converted(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Model:
+    """The model of a folder in our layout; see `weights.load`."""
+    return load_checkpoint(read_converted(Path(folder)), device, dtype)
+
+
+def read_converted(folder: Path) -> Checkpoint:
+    """What a folder in our layout holds. CheckpointError names every missing file at once."""
+    path = folder / LAYOUT_FILE
+    try:
+        layout = json.loads(path.read_text())
+        version = layout["format"]
+        encoders = {name: dict(layout["encoders"][name]) for name in ENCODERS}
+        weighty = [name for name in ENCODERS if encoders[name]["kind"] != "toy"]
+        dit, vae, stream, label = (layout[key] for key in ("dit", "vae", "stream", "label"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged or incomplete ({error!r}); convert it again") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: format {version}, but this version reads {FORMAT}; convert it again")
+
+    files = {name: [folder / f"{name}.safetensors"] for name in ("vae", *weighty)}
+    files["dit"] = _dit_shards(folder)
+    missing = [path.name for paths in files.values() for path in paths if not path.is_file()]
+    tokenizer = folder / "tokenizer" if "text_encoder" in weighty else None
+    if tokenizer is not None and not tokenizer.is_dir():
+        missing.append("tokenizer/")
+    if missing:
+        raise CheckpointError(f"{folder}: missing {', '.join(missing)}")
+    return Checkpoint(
+        dit=from_mapping(DiTConfig, dit, f"{path}: dit"),
+        vae=from_mapping(VAEConfig, vae, f"{path}: vae"),
+        stream=from_mapping(StreamConfig, stream, f"{path}: stream"),
+        label=label,
+        encoders=encoders,
+        parts={name: Part(SafetensorsFiles(paths)) for name, paths in files.items()},
+        tokenizer=tokenizer,
+    )
+
+
+def _dit_shards(folder: Path) -> list[Path]:
+    """Every shard that there should be, found or not."""
+    for path in sorted(folder.glob("dit-*-of-*.safetensors")):
+        if match := re.fullmatch(r"dit-\d+-of-(\d+)\.safetensors", path.name):
+            return [folder / _shard_name(i, int(match[1])) for i in range(int(match[1]))]
+    return [folder / _shard_name(0, 1)]
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"dit-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_converted(checkpoint: Checkpoint, out: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Write `checkpoint` as the new folder `out`, part `name` in dtypes[name]. Errors as `convert`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder; name a new one")
+    modules = {name: build(checkpoint, name) for name in checkpoint.parts}
+    plans = {name: _shards(name, modules[name], checkpoint.parts[name], dtypes[name]) for name in modules}
+    needed_bytes = sum(size for shards in plans.values() for _, size in shards)
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent}: no such folder to write {out.name} in")
+    free_bytes = shutil.disk_usage(parent).free
+    if needed_bytes > free_bytes:
+        raise OutputError(
+            f"{out}: needs {needed_bytes / 1e9:.1f} GB, but its disk has {free_bytes / 1e9:.1f} GB free"
+        )
+
+    partial = parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir()
+        for name, shards in plans.items():
+            values = parameters_of(modules[name], checkpoint.parts[name])
+            for index, (entries, _) in enumerate(shards):
+                file = _shard_name(index, len(shards)) if name == "dit" else f"{name}.safetensors"
+                _write_safetensors(partial / file, entries, islice(values, len(entries)), dtypes[name])
+        if checkpoint.tokenizer is not None:
+            shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
+        (partial / LAYOUT_FILE).write_text(json.dumps(_layout(checkpoint), indent=1) + "\n")
+        partial.rename(out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{out}: could not be written ({reason}); nothing was kept") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _layout(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "label": checkpoint.label,
+        "dit": dataclasses.asdict(checkpoint.dit),
+        "vae": dataclasses.asdict(checkpoint.vae),
+        "stream": dataclasses.asdict(checkpoint.stream),
+        "encoders": {name: dict(settings) for name, settings in checkpoint.encoders.items()},
+    }
+
+
+Entries = list[tuple[str, list[int]]]
+
+
+def _shards(name: str, module: nn.Module, part: Part, dtype: torch.dtype) -> list[tuple[Entries, int]]:
+    """[(entries, bytes)]: parameters in their source's order, the DiT's in files of at most SHARD_BYTES."""
+    limit = SHARD_BYTES if name == "dit" else math.inf
+    shards: list[tuple[Entries, int]] = []
+    for parameter, value in parameters_of(module, part):
+        size = value.numel() * dtype.itemsize
+        if not shards or shards[-1][1] + size > limit:
+            shards.append(([], 0))
+        entries, used = shards[-1]
+        entries.append((parameter, list(value.shape)))
+        shards[-1] = (entries, used + size)
+    return shards
+
+
+def _write_safetensors(
+    path: Path, entries: Entries, values: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """A .safetensors file, one tensor at a time: the library's own writer wants all of them in memory.
+
+    Format: the header's length (8 bytes, little-endian), a JSON header padded with spaces to a multiple of
+    8 bytes, the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in entries:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, value in values:
+            raw = value.to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
+            file.write(raw.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

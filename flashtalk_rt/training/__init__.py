@@ -1,0 +1,1 @@
+"""Training: the two stages of the method, and the synthetic world that proves them."""

@@ -1,0 +1,61 @@
+"""Stage 1: supervised flow matching on chunks (arXiv 2512.23379; training.md).
+
+x_t = (1 - t) x + t noise, v = noise - x.  One noise level for all frames of a clip; the motion
+latents stay clean and leave the loss.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..modules.audio import audio_windows
+from ..modules.dit import DiT
+
+
+class FlowBatch(NamedTuple):
+    """What one flow-matching step needs, batch first."""
+
+    target: Tensor  # [B, z, T, h, w] clean latent
+    noise: Tensor  # [B, z, T, h, w] standard normal
+    t: Tensor  # [B] noise levels in (0, 1)
+    motion: Tensor  # [B, z, m, h, w] the past, clean
+    y: Tensor  # [B, 4 + z, T, h, w]
+    text: Tensor  # [B, L, text_dim]
+    image: Tensor  # [B, tokens, image_dim]
+    audio: Tensor  # [B, frames, window, blocks, dim]
+
+
+def sample_times(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Noise levels [count] in (0, 1): uniform, then t' = s t / (1 + (s - 1) t)."""
+    uniform = torch.rand(count, generator=generator, device=generator.device)
+    return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+def flow_matching_loss(dit: DiT, batch: FlowBatch) -> Tensor:
+    """Mean square error of the predicted velocity over the new frames."""
+    level = batch.t.view(-1, 1, 1, 1, 1)
+    kept = batch.motion.shape[2]
+    noisy = (1 - level) * batch.target + level * batch.noise
+    noisy = torch.cat((batch.motion, noisy[:, :, kept:]), dim=2)
+    context = dit.context(batch.text, batch.image)
+    audio = dit.audio_context(batch.audio)
+    velocity = dit(noisy, batch.t * 1000, batch.y, context, audio)
+    error = velocity.float() - (batch.noise - batch.target)
+    return error[:, :, kept:].square().mean()
+
+
+def drop_condition(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Zero a condition [B, ...] of random samples, so that the model also learns to do without."""
+    keep = torch.rand(len(x), generator=generator, device=x.device) >= probability
+    return x * keep.view(-1, *([1] * (x.ndim - 1)))
+
+
+def batch_windows(features: Tensor, frames: int, window: int) -> Tensor:
+    """`audio_windows` for a batch: [B, F, blocks, dim] -> [B, frames, window, blocks, dim]."""
+    stacked = audio_windows(features.transpose(0, 1).flatten(1, 2), frames, window)
+    return stacked[0].unflatten(2, (len(features), -1)).permute(2, 0, 1, 3, 4)
+
+

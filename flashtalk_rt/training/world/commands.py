@@ -1,0 +1,217 @@
+"""`flashtalk train world-*`: the commands that make the embedded model, each resumable.
+
+They share one run folder: `world-vae` writes vae.safetensors there, `world-probe` probe.safetensors,
+`world-base` base.safetensors, `world-stage1` stage1.safetensors, each with a log-*.json beside it.
+Run a command again with the same folder and it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...errors import InputError
+
+app = typer.Typer(no_args_is_help=True, help="Train the embedded talking-face model.")
+
+Run = Annotated[Path, typer.Option("--run", help="Folder of the run; made if it does not exist.")]
+Device = Annotated[str, typer.Option(help="Where to train: cuda or cpu.")]
+Seed = Annotated[int, typer.Option(help="Seed of data and weights.")]
+Batch = Annotated[int, typer.Option(min=1, help="Clips a step.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
+Source = Annotated[Path | None, typer.Option(help="Weights to start from instead of the default.")]
+
+
+def _start(run: Path, device: str, seed: int) -> Any:
+    """Make the folder; a seeded generator on the device."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device is {device}, but torch sees no CUDA device; use --device cpu")
+    run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _record(run: Path, name: str, settings: dict[str, Any], history: list[dict[str, float]]) -> None:
+    """The command's log: settings, machine and history as JSON."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    record = {"command": name, "device": device, "torch": torch.__version__, **settings, "history": history}
+    (run / f"log-{name.removeprefix('world-')}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _log(line: str) -> None:
+    typer.echo(line)
+
+
+@app.command("world-vae")
+def world_vae(
+    run: Run,
+    steps: Steps = 20000,
+    batch: Batch = 3,
+    lr: Rate = 1e-3,
+    source: Source = None,
+    device: Device = "cuda",
+    seed: Seed = 0,
+) -> None:
+    """Train the tiny VAE on random clips."""
+    generator = _start(run, device, seed)
+    from ..loop import FitConfig
+    from .fit_vae import fit_vae
+    from .nets import TOY_STREAM, TOY_VAE, load_vae, save_net
+
+    fit = FitConfig(steps=steps, peak_lr=lr)
+    size = (TOY_STREAM.height, TOY_STREAM.width)
+    start = load_vae(source, generator.device) if source else None
+    vae, history = fit_vae(TOY_VAE, start, fit, batch, size, run / "vae.ckpt", generator, _log)
+    save_net(vae, run / "vae.safetensors")
+    settings = {"steps": steps, "batch": batch, "peak_lr": lr, "seed": seed, "source": str(source or "")}
+    _record(run, "world-vae", settings, history)
+
+
+@app.command("world-probe")
+def world_probe(run: Run, steps: Steps = 3000, batch: Batch = 256, device: Device = "cuda", seed: Seed = 1) -> None:
+    """Train the probe that measures faces, on renders and VAE reconstructions only."""
+    generator = _start(run, device, seed)
+    import torch
+
+    from .nets import TOY_STREAM, load_vae
+    from .probe import Probe, probe_scores, random_sample, save_probe, train_probe
+
+    vae = load_vae(run / "vae.safetensors", generator.device)
+    size = TOY_STREAM.height
+
+    def reconstruct_half(frames: torch.Tensor) -> torch.Tensor:
+        half = len(frames) // 2
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.device.type == "cuda"):
+            rebuilt = vae.decode(vae.encode(frames[:half, :, None]))[:, :, 0].float().clamp(-1, 1)
+        return torch.cat((rebuilt, frames[half:]))
+
+    probe = Probe().to(generator.device)
+    started = time.perf_counter()
+    losses = train_probe(
+        probe, lambda: random_sample(batch, size, generator), steps, augment=reconstruct_half,
+        on_step=lambda step, loss: _log(f"step {step}/{steps}  loss {loss:.4f}") if step % 500 == 0 else None,
+    )  # fmt: skip
+    save_probe(probe, run / "probe.safetensors")
+    test = random_sample(2048, size, generator, held_out=True)
+    scores = probe_scores(probe, test.identity, test.motion[:, None], test.frames[:, None])
+    _log(json.dumps(scores))
+    history = [{"step": float(i), "loss": losses[i]} for i in range(0, len(losses), 50)]
+    settings = {"steps": steps, "batch": batch, "seed": seed, "seconds": time.perf_counter() - started}
+    _record(run, "world-probe", settings | {"held_out_r2": scores}, history)
+
+
+def _fit_dit(
+    name: str, run: Path, source: Path | None, steps: int, batch: int, lr: float, device: str, seed: int
+) -> None:
+    generator = _start(run, device, seed)
+    from ...modules.dit import DiT
+    from ..loop import FitConfig
+    from .fit_dit import BASE_KINDS, STAGE1_KINDS, fit_dit
+    from .nets import TOY_DIT, TOY_STREAM, load_dit, load_vae, save_net
+
+    vae = load_vae(run / "vae.safetensors", generator.device)
+    dit = load_dit(source, generator.device) if source else DiT(TOY_DIT).to(generator.device)
+    on_gpu = generator.device.type == "cuda"
+    history = fit_dit(
+        dit,
+        vae,
+        STAGE1_KINDS if name == "stage1" else BASE_KINDS,
+        FitConfig(steps=steps, peak_lr=lr),
+        batch,
+        clips=6144 if on_gpu else 64,
+        speakers=256 if on_gpu else 4,
+        renew_every=500,
+        stream=TOY_STREAM,
+        checkpoint=run / f"{name}.ckpt",
+        generator=generator,
+        log=_log,
+    )
+    save_net(dit, run / f"{name}.safetensors")
+    settings = {"steps": steps, "batch": batch, "peak_lr": lr, "seed": seed, "source": str(source or "")}
+    _record(run, f"world-{name}", settings, history)
+
+
+@app.command("world-base")
+def world_base(
+    run: Run,
+    steps: Steps = 12000,
+    batch: Batch = 128,
+    lr: Rate = 1e-3,
+    source: Source = None,
+    device: Device = "cuda",
+    seed: Seed = 2,
+) -> None:
+    """Train the tiny DiT by flow matching, from random weights unless --source is given."""
+    _fit_dit("base", run, source, steps, batch, lr, device, seed)
+
+
+@app.command("world-stage1")
+def world_stage1(
+    run: Run,
+    steps: Steps = 3000,
+    batch: Batch = 128,
+    lr: Rate = 4e-4,
+    source: Source = None,
+    device: Device = "cuda",
+    seed: Seed = 3,
+) -> None:
+    """Adapt the base model to streaming: references from elsewhere, re-encoded pasts, all shapes."""
+    _fit_dit("stage1", run, source or run / "base.safetensors", steps, batch, lr, device, seed)
+
+
+@app.command("world-voices")
+def world_voices(out: Path) -> None:
+    """Speak the test's held-out voices with espeak-ng into one safetensors file."""
+    from .voices import write_voices
+
+    write_voices(out)
+    _log(f"wrote {out}")
+
+
+@app.command("world-eval")
+def world_eval(
+    run: Run,
+    voices: Annotated[Path, typer.Option(help="What `world-voices` wrote.")],
+    net: Annotated[str, typer.Option(help="Which DiT of the run: stage1 or base.")] = "stage1",
+    chunks: Annotated[int, typer.Option(min=13)] = 20,
+    identities: Annotated[int, typer.Option(min=2)] = 64,
+    steps: Annotated[str, typer.Option(help="Numbers of denoising steps, comma-separated.")] = "4,8,24,40",
+    device: Device = "cuda",
+    seed: Seed = 4,
+) -> None:
+    """Measure the model on held-out identities and voices; writes eval-*.json."""
+    generator = _start(run, device, seed)
+    import torch
+
+    from .evaluate import evaluate, make_test_set, vae_psnr_db
+    from .nets import TOY_STREAM, load_dit, load_vae
+    from .probe import load_probe
+    from .voices import read_voices
+
+    where = generator.device
+    vae, probe = load_vae(run / "vae.safetensors", where), load_probe(run / "probe.safetensors", where)
+    dit = load_dit(run / f"{net}.safetensors", where).eval().requires_grad_(False)
+    test = make_test_set(read_voices(voices), identities, chunks, TOY_STREAM, generator)
+    rows = evaluate(dit, vae, probe, test, tuple(int(s) for s in steps.split(",")), generator, _log)
+    record = {
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "net": net,
+        "identities": identities,
+        "chunks": chunks,
+        "seed": seed,
+        "vae_psnr_db": vae_psnr_db(vae, test),
+        "rows": rows,
+    }
+    (run / f"eval-{net}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+

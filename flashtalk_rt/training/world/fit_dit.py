@@ -1,0 +1,138 @@
+"""Train the toy's DiT: the base model, and stage 1 on what a stream really gives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...config import StreamConfig
+from ...modules.dit import DiT
+from ...modules.vae import VAE
+from ..loop import FitConfig, Log, fit
+from ..stage1 import FlowBatch, batch_windows, drop_condition, flow_matching_loss, sample_times
+from .data import ClipKind, Clips, SpeechBank, make_clips
+
+BASE_KINDS = (
+    (ClipKind("first", outside=False, reencoded=False, height=96, width=96), 0.25),
+    (ClipKind("later", outside=True, reencoded=False, height=96, width=96), 0.75),
+)
+# The past goes through the VAE once, as in a stream, and the picture has every aspect ratio.
+STAGE1_KINDS = (
+    (ClipKind("first", outside=False, reencoded=False, height=96, width=96), 0.2),
+    (ClipKind("later", outside=True, reencoded=True, height=96, width=96), 0.6),
+    (ClipKind("later", outside=True, reencoded=True, height=112, width=80), 0.1),
+    (ClipKind("later", outside=True, reencoded=True, height=80, width=112), 0.1),
+)
+AUDIO_DROPOUT = 0.05
+MOTION_NOISE = 0.1  # largest deviation of the noise on the past's latents
+Kinds = tuple[tuple[ClipKind, float], ...]
+
+
+class ClipPool:
+    """Encoded clips of every kind, renewed a part at a time while training goes on."""
+
+    PARTS = 4
+
+    def __init__(
+        self,
+        vae: VAE,
+        kinds: Kinds,
+        clips: int,
+        speakers: int,
+        stream: StreamConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self._vae, self._kinds, self._clips = vae, kinds, clips
+        self._stream, self._generator = stream, generator
+        self._bank = SpeechBank(speakers, 40.0, generator)
+        self._parts = [self._make() for _ in range(self.PARTS)]
+        self._oldest = 0
+        self._host = torch.Generator().manual_seed(0)
+
+    def renew(self) -> None:
+        """Replace the oldest part by new clips."""
+        self._parts[self._oldest] = self._make()
+        self._oldest = (self._oldest + 1) % self.PARTS
+
+    def batch(self, step: int, count: int) -> Clips:
+        """A batch of one kind from one part; over the steps, each kind takes its share."""
+        position, total, chosen = (step * 0.6180339887) % 1.0, 0.0, 0  # golden ratio: an even spread
+        for chosen, (_, share) in enumerate(self._kinds):
+            total += share
+            if position < total:
+                break
+        part = torch.randint(self.PARTS, (), generator=self._host).item()
+        return self._parts[int(part)][chosen].batch(count, self._generator)
+
+    def _make(self) -> list[Clips]:
+        return [
+            make_clips(
+                self._vae,
+                self._bank,
+                kind,
+                max(16, round(self._clips * share / self.PARTS)),
+                self._stream,
+                self._generator,
+            )
+            for kind, share in self._kinds
+        ]
+
+
+def flow_batch(clips: Clips, dit: DiT, stream: StreamConfig, generator: torch.Generator) -> FlowBatch:
+    """Encoded clips as the model's input: mask, windows, dropout, noise on the past."""
+    config = dit.config
+    mask = torch.zeros_like(clips.reference[:, :4])
+    mask[:, :, 0] = 1
+    count = len(clips)
+    level = MOTION_NOISE * torch.rand(count, 1, 1, 1, 1, generator=generator, device=mask.device)
+    noise = torch.randn(clips.motion.shape, generator=generator, device=mask.device)
+    windows = batch_windows(clips.features, stream.frames, config.audio_window)
+    return FlowBatch(
+        target=clips.target,
+        noise=torch.randn(clips.target.shape, generator=generator, device=mask.device),
+        t=sample_times(count, stream.shift, generator),
+        motion=clips.motion + level * noise,
+        y=torch.cat((mask, clips.reference), dim=1),
+        text=mask.new_zeros(count, 0, config.text_dim),
+        image=clips.image,
+        audio=drop_condition(windows, AUDIO_DROPOUT, generator),
+    )
+
+
+def fit_dit(
+    dit: DiT,
+    vae: VAE,
+    kinds: Kinds,
+    fit_config: FitConfig,
+    batch: int,
+    clips: int,
+    speakers: int,
+    renew_every: int,
+    stream: StreamConfig,
+    checkpoint: Path,
+    generator: torch.Generator,
+    log: Log,
+) -> list[dict[str, float]]:
+    """Flow-match `dit` in place on `kinds`; `clips` are alive at a time, a quarter of them renewed
+    every `renew_every` steps, cut from as many `speakers`' speech.  Returns the log."""
+    device = generator.device
+    pool = ClipPool(vae, kinds, clips, speakers, stream, generator)
+    log(f"{clips} clips encoded")
+
+    if device.type == "cuda" and len({(kind.height, kind.width) for kind, _ in kinds}) == 1:
+        # Another picture size would compile everything again, which costs more than it saves.
+        for block in dit.blocks:
+            block.compile(dynamic=False)
+
+    def inputs_of(step: int) -> FlowBatch:
+        if step and step % renew_every == 0:
+            pool.renew()
+        return flow_batch(pool.batch(step, batch), dit, stream, generator)
+
+    def loss_of(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            return flow_matching_loss(dit, FlowBatch(*inputs))
+
+    return fit(dit, inputs_of, loss_of, fit_config, checkpoint, log)

@@ -1,0 +1,105 @@
+"""Train the toy's VAE on random clips of the world."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...config import VAEConfig
+from ...modules.vae import STRIDE, VAE
+from ..loop import FitConfig, Log, fit
+from .data import SpeechBank, talk
+from .face import sample_identities
+from .speech import SAMPLE_RATE_HZ, mouth_truth
+
+FPS = 25
+CLIP_FRAMES = 33  # a stream's chunk: trained on shorter clips, the colours of longer ones drift
+KL_WEIGHT = 1e-4
+MOTION_WEIGHT = 6.0  # of the pixels that move (mouth, eyes) over those that do not
+
+
+def sample_video(
+    bank: SpeechBank,
+    count: int,
+    frames: int,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    held_out: bool = False,
+) -> Tensor:
+    """Random talking clips [count, 3, frames, H, W]."""
+    sound = bank.cut(count, frames * SAMPLE_RATE_HZ // FPS, generator)
+    mouth = mouth_truth(sound, SAMPLE_RATE_HZ, FPS)
+    identity = sample_identities(count, generator, held_out).to(generator.device)
+    return talk(identity, mouth, generator, *size)
+
+
+def vae_loss(vae: VAE, video: Tensor, noise: Tensor) -> Tensor:
+    """L1 + L2 reconstruction, weighted to what moves, and a light pull to a unit Gaussian.
+
+    video [B, 3, T, H, W]; noise: standard normal of the latent's shape.
+    """
+    step = max(4, video.shape[2] - 1)  # all at once
+    mean, logvar = vae.encode_distribution(video, step)
+    logvar = logvar.float().clamp(-20, 5)
+    sample = mean.float() + noise * (0.5 * logvar).exp()
+    reconstruction = vae.decode(vae.normalize(sample), step // 4).float()
+    error = reconstruction - video
+    kl = 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
+    moving = (video - video.mean(2, keepdim=True)).abs().amax(1, keepdim=True)
+    weight = 1 + MOTION_WEIGHT * (4 * moving).clamp(max=1)
+    return (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
+
+
+def fit_vae(
+    config: VAEConfig,
+    source: VAE | None,
+    fit_config: FitConfig,
+    batch: int,
+    size: tuple[int, int],
+    checkpoint: Path,
+    generator: torch.Generator,
+    log: Log,
+) -> tuple[VAE, list[dict[str, float]]]:
+    """Train a VAE, from random weights or from `source`, and measure its latent's channel statistics, which its configuration then holds.
+
+    Every eighth batch is stills, which teach detail.
+    """
+    device = generator.device
+    # During training the latent is not normalised: its statistics are known only at the end.
+    zeros, ones = (0.0,) * config.z_dim, (1.0,) * config.z_dim
+    vae = VAE(dataclasses.replace(config, latent_mean=zeros, latent_std=ones)).to(device).channels_last()
+    if source is not None:
+        vae.load_state_dict(source.state_dict())
+    bank = SpeechBank(64 if device.type == "cuda" else 4, 30.0, generator)
+
+    def inputs_of(step: int) -> tuple[Tensor, ...]:
+        frames, count = (CLIP_FRAMES, batch) if step % 8 else (1, 32 * batch)
+        video = sample_video(bank, count, frames, size, generator)
+        shape = (count, config.z_dim, (frames - 1) // 4 + 1, size[0] // STRIDE, size[1] // STRIDE)
+        return video, torch.randn(shape, generator=generator, device=device)
+
+    def loss_of(video: Tensor, noise: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            return vae_loss(vae, video, noise)
+
+    history = fit(vae, inputs_of, loss_of, fit_config, checkpoint, log)
+    mean, std = latent_statistics(vae, bank, size, generator)
+    measured = VAE(dataclasses.replace(config, latent_mean=mean, latent_std=std))
+    measured.load_state_dict(vae.state_dict())
+    return measured.to(device).eval().requires_grad_(False).channels_last(), history
+
+
+@torch.no_grad()
+def latent_statistics(
+    vae: VAE, bank: SpeechBank, size: tuple[int, int], generator: torch.Generator, clips: int = 256
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every latent channel over random clips."""
+    parts = []
+    for _ in range(0, clips, 16):
+        video = sample_video(bank, 16, CLIP_FRAMES, size, generator)
+        parts.append(vae.encode_distribution(video, CLIP_FRAMES - 1)[0].float())
+    latent = torch.cat(parts).transpose(0, 1).flatten(1)
+    return tuple(latent.mean(1).tolist()), tuple(latent.std(1).tolist())

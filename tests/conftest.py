@@ -1,0 +1,26 @@
+"""GPU tests run where there is a CUDA device; elsewhere the summary says how many did not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[DESELECTED] = len(gpu)
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    count = config.stash.get(DESELECTED, 0)
+    if count:
+        terminalreporter.write_line(
+            f"{count} gpu tests not run: torch {torch.__version__} sees no CUDA device"
+        )
