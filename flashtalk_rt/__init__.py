@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops
     from .errors import CheckpointError, FlashTalkError, InputError, OutputError
-    from .modules.model import Model
     from .modules.convert import convert
+    from .modules.model import Model
     from .modules.weights import load
     from .runtime import Chunk, Engine, Session
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -77,8 +76,7 @@ def run_dit(case: Case, device: str, dtype: torch.dtype) -> Outputs:
     times = case.spec["times"]
     named = {f"out.t{t:g}": t for t in times}
     return {
-        name: dit(latent, torch.tensor([t], device=device), y, context, audio)[0]
-        for name, t in named.items()
+        name: dit(latent, torch.tensor([t], device=device), y, context, audio)[0] for name, t in named.items()
     }
 
 
@@ -151,9 +149,7 @@ def run_chunk_loop(case: Case, device: str, dtype: torch.dtype) -> Outputs:
             return case.input(name, "noise.{chunk}.{i}")[None].to(device)
 
         windows = case.input(f"in.audio.{chunk}", "in.audio.{chunk}").to(device)
-        made = engine.run_chunk(
-            constants, motion, windows, noise, lambda: False, StageClock(engine.device)
-        )
+        made = engine.run_chunk(constants, motion, windows, noise, lambda: False, StageClock(engine.device))
         assert made is not None and next(draws, None) is None, "every draw is used, in order"
         motion = made.motion
         outputs[f"out.latent.{chunk}"] = made.latent[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -53,7 +54,7 @@ def denoise(
     kept = motion.shape[2]
     latent = noise()
     latent[:, :, :kept] = motion
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in itertools.pairwise(times):
         step = torch.full((latent.shape[0],), t * 1000, device=latent.device)
         velocity = dit(latent, step, reference.y, reference.context, audio)
         fresh = noise() if sampler == "renoise" else None

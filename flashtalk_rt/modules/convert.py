@@ -77,6 +77,7 @@ def save_converted(model: Model, out: str | Path, dtype: torch.dtype) -> None:
         vae=model.vae.config,
         stream=model.stream,
         label=model.label,
+        min_portrait_psnr_db=model.min_portrait_psnr_db,
         encoders={
             "audio_encoder": {
                 "kind": "toy",
@@ -128,6 +129,7 @@ def read_converted(folder: Path) -> Checkpoint:
         vae=from_mapping(VAEConfig, vae, f"{path}: vae"),
         stream=from_mapping(StreamConfig, stream, f"{path}: stream"),
         label=label,
+        min_portrait_psnr_db=float(layout["min_portrait_psnr_db"]),
         encoders=encoders,
         parts={name: Part(SafetensorsFiles(paths)) for name, paths in files.items()},
         tokenizer=tokenizer,
@@ -185,6 +187,7 @@ def _layout(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "label": checkpoint.label,
+        "min_portrait_psnr_db": checkpoint.min_portrait_psnr_db,
         "dit": dataclasses.asdict(checkpoint.dit),
         "vae": dataclasses.asdict(checkpoint.vae),
         "stream": dataclasses.asdict(checkpoint.stream),

@@ -67,7 +67,8 @@ class Model:
         return [p for p in parts if isinstance(p, nn.Module)]
 
     def check_portrait(self, image: Tensor) -> None:
-        """Raise InputError for a picture outside the model's world.  image [1, 3, 1, H, W] in [-1, 1]."""
+        """Raise InputError for a picture outside the model's world.  image [1, 3, 1, H, W] in [-1, 1],
+        of the size the model was trained at: at another, its reconstruction says less."""
         if self.min_portrait_psnr_db <= 0:
             return
         reconstruction = self.vae.decode(self.vae.encode(image)).float()

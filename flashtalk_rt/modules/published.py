@@ -81,6 +81,7 @@ def read_published(folder: Path) -> Checkpoint:
         vae=vae,
         stream=StreamConfig(),
         label="",
+        min_portrait_psnr_db=0.0,
         encoders={
             "audio_encoder": {"kind": "wav2vec2", **audio_settings},
             "image_encoder": {"kind": "clip", **clip},

@@ -7,6 +7,7 @@ at a time with exactly the result of going all at once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -64,7 +65,7 @@ class CausalConv3d(Conv3d):
     def __init__(self, in_dim: int, out_dim: int, kernel: int) -> None:
         super().__init__(in_dim, out_dim, kernel, padding=(0, kernel // 2, kernel // 2))
 
-    def forward(self, x: Tensor, cursor: CacheCursor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, cursor: CacheCursor | None = None) -> Tensor:
         """x [B, C, T, H, W]; the cursor is needed unless the kernel is one frame long."""
         if self.kernel_size[0] == 1:
             return super().forward(x)
@@ -110,16 +111,17 @@ class SpatialAttention(nn.Module):
         batch, _, frames, height, width = x.shape
         images = x.transpose(1, 2).flatten(0, 1)
         q, k, v = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        out: Tensor = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         out = self.proj(out.unflatten(2, (height, width)))
-        return x + out.unflatten(0, (batch, frames)).transpose(1, 2)  # type: ignore[no-any-return]
+        out = out.unflatten(0, (batch, frames)).transpose(1, 2)
+        return x + out
 
 
 def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a 2D layer to every frame of [B, C, T, H, W]."""
     batch, frames = x.shape[0], x.shape[2]
-    y: Tensor = layer(x.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (batch, frames)).transpose(1, 2)
+    y: Tensor = layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, frames))
+    return y.transpose(1, 2)
 
 
 class Downsample(nn.Module):
@@ -194,7 +196,7 @@ class Encoder(nn.Module):
         dims = [config.dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3, dims[0], 3)
         layers: list[nn.Module] = []
-        for level, (in_dim, out_dim) in enumerate(zip(dims, dims[1:], strict=False)):
+        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             layers += [
                 ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(config.num_res_blocks)
             ]
@@ -219,7 +221,7 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim, dims[0], 3)
         self.middle = middle(dims[0])
         layers: list[nn.Module] = []
-        for level, (in_dim, out_dim) in enumerate(zip(dims, dims[1:], strict=False)):
+        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             # An upsampling halves the channels, so all levels but the first start at half width.
             start = in_dim // 2 if level else in_dim
             layers += [
@@ -275,7 +277,8 @@ class VAE(nn.Module):
         frames, height, width = video.shape[2:]
         if frames % ENCODE_STEP != 1 or height % STRIDE or width % STRIDE:
             raise ValueError(
-                f"cannot encode {frames} frames of {height} x {width}: frames must be 1 + 4 n, sides divisible by 8"
+                f"cannot encode {frames} frames of {height} x {width}: "
+                "frames must be 1 + 4 n, sides divisible by 8"
             )
         video = self._channels_last(video.to(self.dtype))
         cache: Cache | None = None

@@ -175,6 +175,7 @@ class Checkpoint:
     vae: VAEConfig
     stream: StreamConfig
     label: str
+    min_portrait_psnr_db: float
     encoders: Mapping[str, Mapping[str, Any]]
     parts: Mapping[str, Part]
     tokenizer: Path | None = None
@@ -227,7 +228,12 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
     for name in checkpoint.encoders:
         if name not in networks:
             networks[name] = build(checkpoint, name)
-    return Model(**networks, stream=checkpoint.stream, label=checkpoint.label)
+    return Model(
+        **networks,
+        stream=checkpoint.stream,
+        label=checkpoint.label,
+        min_portrait_psnr_db=checkpoint.min_portrait_psnr_db,
+    )
 
 
 def build(checkpoint: Checkpoint, name: str) -> Any:

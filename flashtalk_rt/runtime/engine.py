@@ -13,10 +13,10 @@ from ..config import Precision
 from ..errors import InputError
 from ..modules.audio import audio_windows, normalize_loudness
 from ..modules.chunk import NoiseSource, Reference, denoise, reference_latent
+from ..modules.color import ColorReference
 from ..modules.image import Picture, load_image
 from ..modules.model import Model
 from ..modules.schedule import timesteps
-from .color import ColorReference
 from .session import Session
 from .timing import StageClock
 
@@ -88,7 +88,8 @@ class Engine:
         the engine's size and cropped.  Raises InputError for a picture this model cannot use."""
         pixels = load_image(image, self.height, self.width).to(self.device)
         with torch.inference_mode():
-            self.model.check_portrait(pixels)
+            stream = self.model.stream
+            self.model.check_portrait(load_image(image, stream.height, stream.width).to(self.device))
             text = self.model.text_encoder(prompt)[None].to(self.device)
             constants = self.constants(pixels, text, self.model.image_encoder(pixels))
         return Session(self, constants, seed)
@@ -130,9 +131,10 @@ class Engine:
         with clock.stage("dit"):
             audio = model.dit.audio_context(windows)
             latent = motion
-            for latent in denoise(
+            for partly in denoise(
                 model.dit, constants.reference, audio, motion, self.times, stream.sampler, noise
             ):
+                latent = partly
                 if stopped():
                     return None
         with clock.stage("vae_decode"):

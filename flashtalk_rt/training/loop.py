@@ -68,7 +68,7 @@ class Gradients:
             assert parameter.grad is not None
             parameter.grad.zero_()
         loss = self._loss_of(*inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
@@ -133,12 +133,16 @@ def fit(
             history.append({"step": step + 1, "loss": mean, "lr": config.lr(step), "seconds": seconds})
             log(f"step {step + 1}/{config.steps}  loss {mean:.4f}  {seconds:.0f} s")
             if not math.isfinite(mean):
-                raise CheckpointError(f"the loss is {mean} at step {step + 1}; resume from {checkpoint} with a lower rate")
+                raise CheckpointError(
+                    f"the loss is {mean} at step {step + 1}; resume from {checkpoint} with a lower rate"
+                )
             if time.perf_counter() - saved > config.save_every_s:
                 _save(checkpoint, step + 1, net, optimizer, average, history, seconds)
                 saved = time.perf_counter()
     if start < config.steps:
-        _save(checkpoint, config.steps, net, optimizer, average, history, spent_s + time.perf_counter() - begin)
+        _save(
+            checkpoint, config.steps, net, optimizer, average, history, spent_s + time.perf_counter() - begin
+        )
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(average[name])
@@ -177,6 +181,8 @@ def _resume(
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this training ({error}); move it away") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this training ({error}); move it away"
+        ) from error
     average.update(state["average"])
     return state["step"], state["history"], state["seconds"]

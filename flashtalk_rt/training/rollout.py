@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -49,8 +50,7 @@ def rollout(
         loud = normalize_loudness(ring, stream.sample_rate_hz, stream.loudness_lufs)
         features = encoder(loud, ring.shape[1] // stream.samples_per_frame)
         windows = batch_windows(features, stream.frames, dit.config.audio_window)
-        latent = motion
-        for latent in denoise(
+        steps_done = denoise(
             dit,
             reference,
             dit.audio_context(windows),
@@ -58,8 +58,8 @@ def rollout(
             times,
             stream.sampler,
             lambda: torch.randn(shape, generator=generator, device=image.device),
-        ):
-            pass
+        )
+        latent = deque(steps_done, maxlen=1).pop()
         frames = vae.decode(latent).float().clamp(-1, 1)
         frames = ops.color_match(frames, *statistics, strength=stream.color_strength)
         motion = vae.encode(frames[:, :, -stream.motion_frames :]).float()

@@ -44,7 +44,8 @@ def flow_matching_loss(dit: DiT, batch: FlowBatch) -> Tensor:
     audio = dit.audio_context(batch.audio)
     velocity = dit(noisy, batch.t * 1000, batch.y, context, audio)
     error = velocity.float() - (batch.noise - batch.target)
-    return error[:, :, kept:].square().mean()
+    loss: Tensor = error[:, :, kept:].square().mean()
+    return loss
 
 
 def drop_condition(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -56,6 +57,5 @@ def drop_condition(x: Tensor, probability: float, generator: torch.Generator) ->
 def batch_windows(features: Tensor, frames: int, window: int) -> Tensor:
     """`audio_windows` for a batch: [B, F, blocks, dim] -> [B, frames, window, blocks, dim]."""
     stacked = audio_windows(features.transpose(0, 1).flatten(1, 2), frames, window)
-    return stacked[0].unflatten(2, (len(features), -1)).permute(2, 0, 1, 3, 4)
-
-
+    windows: Tensor = stacked[0].unflatten(2, (len(features), -1))
+    return windows.permute(2, 0, 1, 3, 4)

@@ -77,7 +77,9 @@ def world_vae(
 
 
 @app.command("world-probe")
-def world_probe(run: Run, steps: Steps = 3000, batch: Batch = 256, device: Device = "cuda", seed: Seed = 1) -> None:
+def world_probe(
+    run: Run, steps: Steps = 3000, batch: Batch = 256, device: Device = "cuda", seed: Seed = 1
+) -> None:
     """Train the probe that measures faces, on renders and VAE reconstructions only."""
     generator = _start(run, device, seed)
     import torch
@@ -177,6 +179,15 @@ def world_voices(out: Path) -> None:
     _log(f"wrote {out}")
 
 
+@app.command("world-export")
+def world_export(run: Run, out: Path) -> None:
+    """Write the run as a model folder with its card: what ships as flashtalk_rt/embedded."""
+    from .export import export_model
+
+    export_model(run, out)
+    _log(f"wrote {out}")
+
+
 @app.command("world-eval")
 def world_eval(
     run: Run,
@@ -213,5 +224,3 @@ def world_eval(
         "rows": rows,
     }
     (run / f"eval-{net}.json").write_text(json.dumps(record, indent=1) + "\n")
-
-

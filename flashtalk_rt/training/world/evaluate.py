@@ -208,7 +208,9 @@ def evaluate(
         log(f"{count} steps: {rows[f'model, {count} steps']}")
     generator.set_state(state)
     swapped = generated_frames(test, dit, vae, steps[-1], generator, test.samples.roll(1, 0))
-    rows[f"model, {steps[-1]} steps, swapped audio"] = score(test, observe(test, probe, swapped), truth, floor_db)
+    rows[f"model, {steps[-1]} steps, swapped audio"] = score(
+        test, observe(test, probe, swapped), truth, floor_db
+    )
     return rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -49,6 +51,8 @@ class ClipPool:
         self._bank = SpeechBank(speakers, 40.0, generator)
         self._parts = [self._make() for _ in range(self.PARTS)]
         self._oldest = 0
+        # The last share is left out, so that rounding cannot lead past it.
+        self._cumulative_shares = list(accumulate(share for _, share in kinds[:-1]))
         self._host = torch.Generator().manual_seed(0)
 
     def renew(self) -> None:
@@ -58,11 +62,8 @@ class ClipPool:
 
     def batch(self, step: int, count: int) -> Clips:
         """A batch of one kind from one part; over the steps, each kind takes its share."""
-        position, total, chosen = (step * 0.6180339887) % 1.0, 0.0, 0  # golden ratio: an even spread
-        for chosen, (_, share) in enumerate(self._kinds):
-            total += share
-            if position < total:
-                break
+        # Multiples of the golden ratio, modulo 1, spread evenly however many are taken.
+        chosen = bisect(self._cumulative_shares, (step * 0.6180339887) % 1.0)
         part = torch.randint(self.PARTS, (), generator=self._host).item()
         return self._parts[int(part)][chosen].batch(count, self._generator)
 

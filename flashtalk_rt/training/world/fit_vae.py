@@ -63,8 +63,9 @@ def fit_vae(
     generator: torch.Generator,
     log: Log,
 ) -> tuple[VAE, list[dict[str, float]]]:
-    """Train a VAE, from random weights or from `source`, and measure its latent's channel statistics, which its configuration then holds.
+    """Train a VAE, from random weights or from `source`.
 
+    Its latent's channel statistics are measured at the end, and its configuration then holds them.
     Every eighth batch is stills, which teach detail.
     """
     device = generator.device
