@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from . import __version__
-from .config import Precision
+from .config import SIZE_MULTIPLE, Precision
 from .errors import FlashTalkError, InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .runtime import Chunk, Session
 
 DEFAULT_PROMPT = "A person is talking."
-SIZE_MULTIPLE = 16  # as runtime.engine's, which is known only once torch is imported
 EMBEDDED_NOTICE = (
     "embedded model: a toy that animates drawn cartoon faces only; give --checkpoint FOLDER for photographs"
 )

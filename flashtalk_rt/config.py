@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar
 
 from .errors import CheckpointError
 
+SIZE_MULTIPLE = 16  # pixels: the VAE's stride of 8 times the patch of 2
+
 Sampler = Literal["renoise", "euler"]
 Precision = Literal["fp32", "bf16"]
 

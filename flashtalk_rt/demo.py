@@ -1,4 +1,4 @@
-"""`make demo`: the bundled portrait and speech through the real command, and a picture that measures the result.
+"""`make demo`: the bundled portrait and speech through the real command, and a picture of what came out.
 
 The portrait is identity 27 of the 48 held-out ones that `sample_identities` draws from seed 2, drawn by our
 own renderer at 384 x 384 with all motion at 0; the speech is our own text, spoken by espeak-ng with the voice
@@ -28,6 +28,7 @@ from .training.world.metrics import pearson
 from .training.world.speech import mouth_truth
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ASSETS = Path(__file__).parent / "assets"
@@ -37,6 +38,7 @@ SAMPLE_RATE_HZ = 16_000
 LOUDNESS_LUFS = -23.0  # at which `mouth_truth` is defined
 SHEET_FRAMES = 8
 SHEET_FRAME_PX = 192
+SHEET_HEIGHT_PX, TITLE_PX, AXIS_PX, MARGIN_PX = 520, 34, 44, 16
 ENVELOPE_HZ = 100
 
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = np.concatenate(list(AudioReader(SPEECH, SAMPLE_RATE_HZ)))
         measured = measure(video, samples)
         draw(figure, measured, samples)
-        figure.savefig(sheet)
+        figure.savefig(sheet, pil_kwargs={"optimize": True})
     except (FlashTalkError, OSError) as error:
         cli.say(f"error: {error}", to_stderr=True)
         return 2
@@ -76,7 +78,8 @@ def measure(video: Path, samples: npt.NDArray[np.float32]) -> Measured:
     """Read the mouth off the video's own frames, by colour; samples: its sound, float32 [N] at 16 kHz."""
     with av.open(str(video)) as container:
         fps = round(container.streams.video[0].average_rate or 0)
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    frames = np.array(pictures, np.uint8)
     loud = normalize_loudness(torch.from_numpy(samples), SAMPLE_RATE_HZ, LOUDNESS_LUFS)
     truth = mouth_truth(loud, SAMPLE_RATE_HZ, fps)[:, 0]
     opening = cavity_height(torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1)
@@ -93,40 +96,55 @@ def new_figure() -> Figure:
         raise InputError(
             "the sheet needs matplotlib; install the dev extra (pip install -e '.[dev]')"
         ) from None
-    return Figure(figsize=(SHEET_FRAMES * SHEET_FRAME_PX / 100, 5.2), dpi=100)
+    size_px = (SHEET_FRAMES * SHEET_FRAME_PX + 2 * MARGIN_PX, SHEET_HEIGHT_PX)
+    return Figure(figsize=(size_px[0] / 100, size_px[1] / 100), dpi=100)
 
 
 def draw(figure: Figure, measured: Measured, samples: npt.NDArray[np.float32]) -> None:
     """Frames above their moments on the time axis of the plot: the sound filled, the mouth drawn over it."""
-    width_px, height_px = figure.get_size_inches() * 100
     frames, fps = measured.frames, measured.fps
     length_s = len(frames) / fps
-    # The middles of equal parts of the time axis, which spans the sheet, so each stands above its moment.
-    moments_s = [(i + 0.5) * length_s / SHEET_FRAMES for i in range(SHEET_FRAMES)]
+    width_px = SHEET_FRAMES * SHEET_FRAME_PX + 2 * MARGIN_PX
     strip_px = SHEET_FRAME_PX * frames.shape[1] / frames.shape[2]
+
+    def place(left: float, bottom: float, width: float, height: float) -> Axes:
+        """Axes at a rectangle in pixels from the sheet's lower left corner."""
+        corner = (left / width_px, bottom / SHEET_HEIGHT_PX)
+        return figure.add_axes((*corner, width / width_px, height / SHEET_HEIGHT_PX))
+
+    # The middles of equal parts of the time axis, which is as wide as the strip of frames.
+    moments_s = [(i + 0.5) * length_s / SHEET_FRAMES for i in range(SHEET_FRAMES)]
+    strip_bottom = SHEET_HEIGHT_PX - TITLE_PX - strip_px
     for i, moment_s in enumerate(moments_s):
-        bottom = 1 - (34 + strip_px) / height_px
-        picture = figure.add_axes((i / SHEET_FRAMES, bottom, 1 / SHEET_FRAMES, strip_px / height_px))
+        left = MARGIN_PX + i * SHEET_FRAME_PX + 1
+        picture = place(left, strip_bottom, SHEET_FRAME_PX - 2, strip_px)
         picture.imshow(frames[int(moment_s * fps)], interpolation="lanczos", aspect="auto")
         picture.set_axis_off()
 
-    plot = figure.add_axes((0, 44 / height_px, 1, 1 - (34 + 26 + 44 + strip_px) / height_px))
+    plot = place(MARGIN_PX, AXIS_PX, width_px - 2 * MARGIN_PX, strip_bottom - 8 - AXIS_PX)
     block = SAMPLE_RATE_HZ // ENVELOPE_HZ
     blocks = samples[: len(samples) // block * block].reshape(-1, block)
-    envelope = np.abs(blocks).max(1) / max(float(np.abs(samples).max()), 1e-9)
-    plot.fill_between(
-        np.arange(len(envelope)) / ENVELOPE_HZ, envelope, color="#c9d6e6", lw=0, label="audio envelope"
-    )
+    envelope = np.abs(blocks).max(1)
+    clock_s = (np.arange(len(envelope)) + 0.5) / ENVELOPE_HZ
+    plot.fill_between(clock_s, envelope / peak(envelope), color="#c9d6e6", lw=0, label="audio envelope")
     clock_s = (np.arange(len(frames)) + 0.5) / fps
     opening = measured.opening.numpy()
-    most = max(float(opening.max()), 1e-9)
-    plot.plot(clock_s, opening / most, color="#b3123f", lw=2, label="mouth opening measured in the frames")
+    plot.plot(clock_s, opening / peak(opening), color="#b3123f", lw=2, label="mouth opening in the frames")
     for moment_s in moments_s:
         plot.axvline(moment_s, color="0.55", lw=0.8, ls=":")
-    plot.set(xlim=(0, length_s), ylim=(0, 1.15), yticks=[], xlabel="seconds")
-    plot.legend(loc="upper right", ncols=3, frameon=False)
-    title = f"Toy model. Mouth opening measured in the video against that of the speech: r = {measured.r:.3f} (lag 0)"
-    figure.text(0.5, 1 - 22 / height_px, title, ha="center", fontsize=14)
+    plot.set(
+        xlim=(0, length_s), ylim=(0, 1.2), yticks=[], xlabel="seconds (each curve is scaled to its peak)"
+    )
+    plot.legend(loc="upper right", ncols=2, frameon=False)
+    title = (
+        f"The mouth's opening, measured in the video, follows the speech with r = {measured.r:.3f} at lag 0"
+    )
+    figure.text(0.5, 1 - 0.68 * TITLE_PX / SHEET_HEIGHT_PX, title, ha="center", fontsize=14)
+
+
+def peak(values: npt.NDArray[np.float32]) -> float:
+    """What to divide by so that the largest becomes 1; silence stays 0."""
+    return max(float(values.max()), 1e-9)
 
 
 if __name__ == "__main__":

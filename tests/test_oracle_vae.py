@@ -140,21 +140,21 @@ def test_decode_matches_diffusers(config: VAEConfig, frames: int, height: int, w
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 100])
 @torch.no_grad()
 def test_decoding_in_steps_is_decoding_one_latent_frame_at_a_time(step: int) -> None:
-    vae, z = random_vae(), latent(6, 2, 3)
+    vae, z = random_vae().double(), latent(6, 2, 3)
     cache, parts = None, []
     for frame in z.split(1, dim=2):
         frames, cache = vae.decode_step(frame, cache)
         parts.append(frames)
     assert [p.shape[2] for p in parts] == [1, 4, 4, 4, 4, 4]
-    assert relative(vae.decode(z, step), torch.cat(parts, 2)) < 1e-6
+    assert relative(vae.decode(z, step), torch.cat(parts, 2)) < 1e-12
 
 
 @pytest.mark.parametrize("step", [8, 12, 16, 32])
 @torch.no_grad()
 def test_the_encoding_step_does_not_change_the_result(step: int) -> None:
-    vae, x = random_vae(), video(17, 16, 24)
+    vae, x = random_vae().double(), video(17, 16, 24)
     for out, expected in zip(vae.encode_distribution(x, step), vae.encode_distribution(x, 4), strict=True):
-        assert relative(out, expected) < 1e-6
+        assert relative(out, expected) < 1e-12
 
 
 @pytest.mark.parametrize("kept", [1, 5, 9])
@@ -190,8 +190,8 @@ def test_channels_last_weights_give_the_same_results() -> None:
 
 
 def test_gradients_reach_every_parameter_and_are_right() -> None:
-    vae = random_vae().requires_grad_(True)
-    x = video(9, 16, 16).requires_grad_(True)
+    vae = random_vae().double().requires_grad_(True)
+    x = video(9, 16, 16).double().requires_grad_(True)
 
     def loss_of(x: Tensor) -> Tensor:
         mean, logvar = vae.encode_distribution(x)
@@ -200,14 +200,13 @@ def test_gradients_reach_every_parameter_and_are_right() -> None:
     loss_of(x).backward()
     for name, parameter in vae.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-    # Along a random direction the gradient is the slope.
+    # Along its own direction the gradient is the slope.  `normalize` and `decode` compute in float32,
+    # which bounds how well a difference can tell.
     assert x.grad is not None
-    vae.double()
-    direction = torch.randn(x.shape, dtype=torch.float64)
-    at, h = x.detach().double(), 1e-5
+    direction, h = x.grad / x.grad.norm(), 1e-2
     with torch.no_grad():
-        slope = (loss_of(at + h * direction) - loss_of(at - h * direction)) / (2 * h)
-    assert (x.grad.double() * direction).sum().item() == pytest.approx(slope.item(), rel=1e-3)
+        slope = (loss_of(x + h * direction) - loss_of(x - h * direction)) / (2 * h)
+    assert x.grad.norm().item() == pytest.approx(slope.item(), rel=1e-3)
 
 
 def test_sizes_that_do_not_divide_are_named() -> None:

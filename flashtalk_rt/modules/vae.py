@@ -8,8 +8,6 @@ at a time with exactly the result of going all at once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,12 +25,13 @@ class CacheCursor:
     """Walks a cache through one forward pass: each layer takes its past and puts its future."""
 
     def __init__(self, cache: Cache | None) -> None:
-        self._past: Iterator[Tensor | None] | None = None if cache is None else iter(cache)
+        self._past = cache
         self.future: Cache = []
 
     def take(self) -> Tensor | None:
         """The next layer's past; None at the start of a video."""
-        return None if self._past is None else next(self._past)
+        # A layer takes and then puts, so what was put so far counts the layers before this one.
+        return None if self._past is None else self._past[len(self.future)]
 
     def put(self, future: Tensor) -> None:
         self.future.append(future)

@@ -2,7 +2,7 @@
 
 from . import chunk_attention as _chunk_attention
 from . import conv3d as _conv3d
-from ._dispatch import OpSpec
+from ._dispatch import TORCH, OpSpec
 from .chunk_attention import chunk_attention
 from .conv3d import conv3d
 from .reference import (
@@ -18,8 +18,22 @@ from .reference import (
     rope_table,
 )
 
-# Every op that has more than one backend, for `flashtalk doctor` and the parity tests.
-REGISTRY: tuple[OpSpec, ...] = (_chunk_attention.SPEC, _conv3d.SPEC)
+# Every op and its backends, for `flashtalk doctor` and the parity tests.
+_PLAIN = (
+    "adaln",
+    "audio_cross_attention",
+    "color_match",
+    "dual_cross_attention",
+    "gate_residual",
+    "layer_norm",
+    "qk_norm_rope",
+    "rms_norm",
+)
+REGISTRY: tuple[OpSpec, ...] = (
+    _chunk_attention.SPEC,
+    _conv3d.SPEC,
+    *(OpSpec(name, (TORCH,)) for name in _PLAIN),
+)
 
 __all__ = [
     "REGISTRY",

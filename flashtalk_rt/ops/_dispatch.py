@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -67,6 +68,10 @@ class Choice:
     refused: Mapping[str, str]  # backend name -> reason
 
 
+TORCH = Backend("torch", lambda situation: None)
+"""Plain torch, which always can."""
+
+
 def choose(op: OpSpec, situation: Situation) -> Choice:
     """The first backend of `op` that supports `situation`; InputError with every reason if none does."""
     refused: dict[str, str] = {}
@@ -77,3 +82,18 @@ def choose(op: OpSpec, situation: Situation) -> Choice:
         refused[backend.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     raise InputError(f"{op.name}: no backend serves {situation} ({reasons})")
+
+
+@functools.lru_cache(maxsize=256)
+def _asked_once(
+    op: OpSpec, device: torch.device, dtype: torch.dtype, head_dim: int | None, grad: bool
+) -> str:
+    return choose(op, Situation.of(device, dtype, head_dim, grad)).backend
+
+
+@torch.compiler.assume_constant_result
+def backend_for(
+    op: OpSpec, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, grad: bool = False
+) -> str:
+    """The name of the backend that serves calls in this situation; a constant to torch.compile."""
+    return _asked_once(op, device, dtype, head_dim, grad)

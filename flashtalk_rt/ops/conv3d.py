@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Backend, OpSpec, Situation, choose
+from ._dispatch import TORCH, Backend, OpSpec, Situation, backend_for
 
 
 def _onednn(situation: Situation) -> str | None:
@@ -25,9 +23,7 @@ def _onednn(situation: Situation) -> str | None:
 
 # F.conv3d keeps small float32 batches away from oneDNN and takes a path up to 15 times slower
 # (62 ms against 4 for 16 channels at 96 x 96 on two AVX2 cores), so oneDNN is named here.
-SPEC = OpSpec("conv3d", (Backend("onednn", _onednn), Backend("torch", lambda situation: None)))
-
-_choose = functools.lru_cache(maxsize=64)(choose)
+SPEC = OpSpec("conv3d", (Backend("onednn", _onednn), TORCH))
 
 
 def conv3d(
@@ -42,8 +38,7 @@ def conv3d(
     Channels-last inputs and weights give a channels-last result.
     """
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    situation = Situation.of(x.device, x.dtype, grad=grad)
-    if _choose(SPEC, situation).backend == "onednn":
+    if backend_for(SPEC, x.device, x.dtype, grad=grad) == "onednn":
         out: Tensor = torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
         return out
     return F.conv3d(x, weight, bias, stride, padding)

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..config import Precision
+from ..config import SIZE_MULTIPLE, Precision
 from ..errors import InputError
 from ..modules.audio import audio_windows, normalize_loudness
 from ..modules.chunk import NoiseSource, Reference, denoise, reference_latent
@@ -21,7 +21,6 @@ from .session import Session
 from .timing import StageClock
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZE_MULTIPLE = 16  # the VAE's stride of 8 times the patch of 2
 
 
 def default_precision(device: torch.device) -> Precision:

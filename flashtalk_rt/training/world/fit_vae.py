@@ -41,7 +41,7 @@ def vae_loss(vae: VAE, video: Tensor, noise: Tensor) -> Tensor:
 
     video [B, 3, T, H, W]; noise: standard normal of the latent's shape.
     """
-    step = max(4, video.shape[2] - 1)  # all at once
+    step = video.shape[2] - 1  # all at once
     mean, logvar = vae.encode_distribution(video, step)
     logvar = logvar.float().clamp(-20, 5)
     sample = mean.float() + noise * (0.5 * logvar).exp()
@@ -66,7 +66,6 @@ def fit_vae(
     """Train a VAE, from random weights or from `source`.
 
     Its latent's channel statistics are measured at the end, and its configuration then holds them.
-    Every eighth batch is stills, which teach detail.
     """
     device = generator.device
     # During training the latent is not normalised: its statistics are known only at the end.
@@ -74,12 +73,14 @@ def fit_vae(
     vae = VAE(dataclasses.replace(config, latent_mean=zeros, latent_std=ones)).to(device).channels_last()
     if source is not None:
         vae.load_state_dict(source.state_dict())
+    if device.type == "cuda":
+        vae.encoder.compile(dynamic=False)
+        vae.decoder.compile(dynamic=False)
     bank = SpeechBank(64 if device.type == "cuda" else 4, 30.0, generator)
 
     def inputs_of(step: int) -> tuple[Tensor, ...]:
-        frames, count = (CLIP_FRAMES, batch) if step % 8 else (1, 32 * batch)
-        video = sample_video(bank, count, frames, size, generator)
-        shape = (count, config.z_dim, (frames - 1) // 4 + 1, size[0] // STRIDE, size[1] // STRIDE)
+        video = sample_video(bank, batch, CLIP_FRAMES, size, generator)
+        shape = (batch, config.z_dim, (CLIP_FRAMES - 1) // 4 + 1, size[0] // STRIDE, size[1] // STRIDE)
         return video, torch.randn(shape, generator=generator, device=device)
 
     def loss_of(video: Tensor, noise: Tensor) -> Tensor:

@@ -1,0 +1,387 @@
+"""A stream's behaviour: determinism, lengths, bad input, interruption, isolation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from flashtalk_rt.errors import InputError
+from flashtalk_rt.runtime import Chunk, Engine, Session
+
+FRAME = 640  # samples
+CHUNK = 28 * FRAME
+
+
+def portrait(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (64, 80, 3), dtype=np.uint8)
+
+
+def speech(samples: int, seed: int = 0) -> Tensor:
+    return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+
+
+def small_engine(steps: int = 1, **stream: object) -> Engine:
+    """The smallest size there is, so that a chunk takes a fraction of a second."""
+    return Engine(tiny.model(**stream), steps=steps, precision="fp32", height=16, width=16)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return small_engine()
+
+
+def frames_of(chunks: list[Chunk]) -> Tensor:
+    return torch.cat([chunk.frames for chunk in chunks])
+
+
+def run(session: Session, *blocks: Tensor, end: bool = True) -> list[Chunk]:
+    """Push the blocks, iterating after each, and end."""
+    chunks: list[Chunk] = []
+    for block in blocks:
+        session.push_audio(block)
+        chunks += session
+    if end:
+        session.end_audio()
+        chunks += session
+    return chunks
+
+
+# --- what comes out --------------------------------------------------------------------------------
+
+
+def test_the_cut_of_the_audio_does_not_matter(engine: Engine) -> None:
+    audio = speech(2 * CHUNK + 5000)
+    whole = run(engine.session(portrait(), seed=3), audio)
+    assert [chunk.frames.shape[0] for chunk in whole] == [28, 28, 8]
+    draw = np.random.default_rng(0)
+    for largest in (10, 3000, 50_000):
+        cuts = np.unique(np.cumsum(draw.integers(1, largest + 1, len(audio)))).tolist()
+        blocks = audio.tensor_split([cut for cut in cuts if cut < len(audio)])
+        pieces = run(engine.session(portrait(), seed=3), *blocks)
+        assert torch.equal(frames_of(pieces), frames_of(whole))
+        assert torch.equal(torch.cat([chunk.audio for chunk in pieces]), audio)
+
+
+def test_one_sample_at_a_time(engine: Engine) -> None:
+    audio = speech(CHUNK + 700)
+    session = engine.session(portrait(), seed=3)
+    for sample in audio.split(1):
+        session.push_audio(sample)
+    session.end_audio()
+    assert torch.equal(frames_of(list(session)), frames_of(run(engine.session(portrait(), seed=3), audio)))
+
+
+def test_seed_image_and_audio_each_change_the_frames(engine: Engine) -> None:
+    audio = speech(CHUNK)
+    base = frames_of(run(engine.session(portrait(), seed=1), audio))
+    assert torch.equal(base, frames_of(run(engine.session(portrait(), seed=1), audio)))
+    for other in (
+        run(engine.session(portrait(), seed=2), audio),
+        run(engine.session(portrait(9), seed=1), audio),
+        run(engine.session(portrait(), seed=1), speech(CHUNK, seed=5)),
+    ):
+        assert not torch.equal(base, frames_of(other))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [1, 319, 320, 321, 639, 640, 641, 960, 16_000, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 640, 2 * CHUNK, 40_001],
+)
+def test_the_video_is_as_long_as_the_audio_to_one_frame(engine: Engine, samples: int) -> None:
+    audio = speech(samples)
+    chunks = run(engine.session(portrait()), audio)
+    frames = sum(chunk.frames.shape[0] for chunk in chunks)
+    assert frames >= 1 and abs(frames - samples / FRAME) < 1
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+    assert torch.equal(torch.cat([chunk.audio for chunk in chunks]), audio)
+
+
+def test_a_chunk(engine: Engine) -> None:
+    (chunk,) = run(engine.session(portrait()), speech(CHUNK), end=False)
+    assert chunk.index == 0
+    assert chunk.frames.dtype == torch.uint8 and chunk.frames.shape == (28, 16, 16, 3)
+    assert chunk.audio.dtype == torch.float32 and chunk.audio.shape == (CHUNK,)
+    assert set(chunk.timings_ms) == {"audio", "dit", "vae_decode", "color", "vae_encode"}
+    assert all(0 < ms < 60_000 for ms in chunk.timings_ms.values())
+
+
+def test_silence_works(engine: Engine) -> None:
+    chunks = run(engine.session(portrait()), torch.zeros(CHUNK + 3 * FRAME))
+    assert frames_of(chunks).shape[0] == 31
+
+
+def test_nothing_pushed_yields_nothing(engine: Engine) -> None:
+    session = engine.session(portrait())
+    assert list(session) == []
+    session.push_audio(torch.zeros(0))
+    session.push_audio(speech(CHUNK - 1))
+    assert list(session) == []
+    session = engine.session(portrait())
+    session.push_audio(torch.zeros(0))
+    session.end_audio()
+    assert list(session) == []
+
+
+def test_numpy_and_other_float_widths(engine: Engine) -> None:
+    audio = speech(CHUNK)
+    base = frames_of(run(engine.session(portrait()), audio))
+    for other in (audio.numpy(), audio.double(), audio.double().numpy()):
+        assert torch.equal(base, frames_of(run(engine.session(portrait()), other)))  # type: ignore[arg-type]
+    half = run(engine.session(portrait()), audio.half())
+    assert half[0].audio.dtype == torch.float32
+
+
+def test_the_callers_buffer_may_be_reused(engine: Engine) -> None:
+    audio = speech(CHUNK).numpy()
+    base = frames_of(run(engine.session(portrait()), torch.from_numpy(audio.copy())))
+    session = engine.session(portrait())
+    session.push_audio(audio)
+    audio[:] = 0
+    assert torch.equal(frames_of(list(session)), base)
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+BAD_AUDIO: dict[str, tuple[object, str]] = {
+    "NaN": (torch.tensor([0.0, float("nan")]), "NaN"),
+    "infinity": (np.array([np.inf], dtype=np.float32), "infinite"),
+    "too large for float32": (torch.tensor([1e300], dtype=torch.float64), "infinite"),
+    "stereo": (torch.zeros(2, 100), r"\[2, 100\]"),
+    "a scalar": (torch.tensor(0.5), r"\[\]"),
+    "int16": (np.zeros(100, dtype=np.int16), "int16"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_AUDIO)
+def test_bad_audio_is_refused_and_changes_nothing(engine: Engine, bad: str) -> None:
+    samples, named = BAD_AUDIO[bad]
+    audio = speech(CHUNK + 2000)
+    session = engine.session(portrait())
+    session.push_audio(audio[:3000])
+    with pytest.raises(InputError, match=named):
+        session.push_audio(samples)  # type: ignore[arg-type]
+    chunks = run(session, audio[3000:])
+    assert torch.equal(frames_of(chunks), frames_of(run(engine.session(portrait()), audio)))
+
+
+def test_no_audio_after_the_end(engine: Engine) -> None:
+    session = engine.session(portrait())
+    session.end_audio()
+    with pytest.raises(InputError, match="no more audio"):
+        session.push_audio(speech(10))
+
+
+def test_close(engine: Engine) -> None:
+    session = engine.session(portrait())
+    session.push_audio(speech(2 * CHUNK))
+    next(iter(session))
+    session.close()
+    session.close()
+    assert list(session) == []
+    with pytest.raises(InputError, match="closed"):
+        session.push_audio(speech(10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"height": 50}, "height is 50"),
+        ({"width": 8}, "width is 8"),
+        ({"height": 0}, "height is 0"),
+        ({"width": -16}, "width is -16"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": -2}, "steps is -2"),
+        ({"precision": "fp8"}, "'fp8'"),
+        ({"precision": "FP32"}, "'FP32'"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_served_is_named(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Engine(tiny.model(), **settings)  # type: ignore[arg-type]
+
+
+def test_a_picture_of_another_world_is_refused() -> None:
+    model = tiny.model()
+    model.min_portrait_psnr_db, model.label = 90.0, "toy model"
+    with pytest.raises(InputError, match=r"toy model.*90 or more.*--checkpoint"):
+        Engine(model, precision="fp32").session(portrait())
+    model.min_portrait_psnr_db = 0.1
+    Engine(model, precision="fp32").model.check_portrait(torch.zeros(1, 3, 1, 64, 48))
+
+
+# --- interruption ----------------------------------------------------------------------------------
+
+
+def on_step(engine: Engine, call: Callable[[int], None]) -> Callable[[], int]:
+    """Run `call` after every denoising step with its number; returns how to ask for the count."""
+    count = 0
+
+    def hook(*_: object) -> None:
+        nonlocal count
+        count += 1
+        call(count)
+
+    engine.model.dit.register_forward_hook(hook)
+    return lambda: count
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_interrupt_stops_within_one_step(at: int) -> None:
+    engine = small_engine(steps=6)
+    session = engine.session(portrait())
+    steps = on_step(engine, lambda step: session.interrupt() if step == at else None)
+    session.push_audio(speech(3 * CHUNK))
+    assert list(session) == []
+    assert steps() == at
+    assert list(session) == [] and steps() == at, "the queued audio was dropped"
+    chunks = run(session, speech(CHUNK + 640), end=True)
+    assert [chunk.index for chunk in chunks] == [0, 1]
+    assert frames_of(chunks).shape[0] == 29
+
+
+def test_interrupt_from_another_thread() -> None:
+    engine = small_engine(steps=200)
+    session = engine.session(portrait())
+    started = threading.Event()
+    steps = on_step(engine, lambda _: started.set())
+    at_interrupt: list[int] = []
+
+    def stop() -> None:
+        started.wait(60)
+        session.interrupt()
+        at_interrupt.append(steps())
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    session.push_audio(speech(2 * CHUNK))
+    chunks = list(session)
+    thread.join()
+    assert chunks == []
+    assert steps() <= at_interrupt[0] + 1 < 200
+
+
+def test_what_an_interrupt_dropped_was_never_said() -> None:
+    """After an interrupt the stream goes on from its last finished chunk: the same audio ring and the
+    same motion; only the noise has been drawn further."""
+    engine = small_engine(steps=2)
+    seen: list[tuple[Tensor, Tensor]] = []
+    run_chunk = engine.run_chunk
+
+    def spy(constants: object, motion: Tensor, windows: Tensor, *rest: object) -> object:
+        seen.append((motion.clone(), windows.clone()))
+        return run_chunk(constants, motion, windows, *rest)  # type: ignore[arg-type]
+
+    engine.run_chunk = spy  # type: ignore[assignment, method-assign]
+    session = engine.session(portrait())
+    run(session, speech(CHUNK), end=False)
+    steps = on_step(engine, lambda step: session.interrupt() if step == 1 else None)
+    session.push_audio(speech(CHUNK, seed=1))
+    assert list(session) == [] and steps() == 1
+    run(session, speech(CHUNK, seed=2), end=False)
+
+    straight = engine.session(portrait())
+    run(straight, speech(CHUNK), speech(CHUNK, seed=2), end=False)
+    (_, dropped, resumed, _, expected) = seen
+    assert torch.equal(resumed[0], expected[0]) and torch.equal(resumed[1], expected[1])
+    assert not torch.equal(dropped[1], expected[1])
+
+
+def test_interrupt_between_chunks_keeps_the_finished_ones(engine: Engine) -> None:
+    session = engine.session(portrait())
+    session.push_audio(speech(3 * CHUNK))
+    chunks = iter(session)
+    assert next(chunks).index == 0
+    session.interrupt()
+    assert list(chunks) == []
+    (after,) = run(session, speech(CHUNK), end=False)
+    assert after.index == 1
+
+
+def test_audio_pushed_after_an_interrupt_is_kept(engine: Engine) -> None:
+    """A listener interrupts an idle stream and speaks at once: nobody iterated in between."""
+    session = engine.session(portrait())
+    session.push_audio(speech(CHUNK))
+    session.interrupt()
+    session.push_audio(speech(CHUNK, seed=1))
+    (chunk,) = list(session)
+    assert torch.equal(chunk.audio, speech(CHUNK, seed=1))
+
+
+def test_audio_pushed_after_an_interrupt_mid_chunk_is_kept() -> None:
+    engine = small_engine(steps=3)
+    session = engine.session(portrait())
+
+    def barge_in(step: int) -> None:
+        if step == 1:
+            session.interrupt()
+            session.push_audio(speech(CHUNK, seed=1))
+
+    on_step(engine, barge_in)
+    session.push_audio(speech(2 * CHUNK))
+    chunks = [*session, *session]
+    assert [chunk.index for chunk in chunks] == [0]
+    assert torch.equal(chunks[0].audio, speech(CHUNK, seed=1))
+
+
+# --- several streams, sizes, precision, label ------------------------------------------------------
+
+
+def test_two_sessions_of_one_engine_do_not_disturb_each_other(engine: Engine) -> None:
+    first, second = speech(3 * CHUNK), speech(3 * CHUNK, seed=1)
+    alone = [
+        frames_of(run(engine.session(portrait(i), seed=i), audio, end=False))
+        for i, audio in enumerate((first, second))
+    ]
+    sessions = [engine.session(portrait(i), seed=i) for i in range(2)]
+    together: list[list[Chunk]] = [[], []]
+    for parts in zip(first.split(CHUNK), second.split(CHUNK), strict=True):
+        for i, part in enumerate(parts):
+            together[i] += run(sessions[i], part, end=False)
+    for one, interleaved in zip(alone, together, strict=True):
+        assert torch.equal(one, frames_of(interleaved))
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (48, 64), (80, 32), (16, 112)])
+def test_any_multiple_of_16(height: int, width: int) -> None:
+    engine = Engine(tiny.model(), steps=1, precision="fp32", height=height, width=width)
+    (chunk,) = run(engine.session(portrait()), speech(3 * FRAME))
+    assert chunk.frames.shape == (3, height, width, 3)
+
+
+def test_the_models_own_size_and_steps_are_the_default() -> None:
+    engine = Engine(tiny.model(steps=3, height=32, width=48), precision="fp32")
+    assert (engine.height, engine.width, engine.steps) == (32, 48, 3)
+    steps = on_step(engine, lambda _: None)
+    (chunk,) = run(engine.session(portrait()), speech(FRAME))
+    assert steps() == 3 and chunk.frames.shape == (1, 32, 48, 3)
+
+
+def test_bf16_stays_near_fp32() -> None:
+    results = []
+    for precision in ("fp32", "bf16"):
+        engine = Engine(tiny.model(), steps=2, precision=precision, height=32, width=32)  # type: ignore[arg-type]
+        assert engine.model.dit.dtype == engine.model.vae.dtype
+        (chunk,) = run(engine.session(portrait(), seed=1), speech(CHUNK), end=False)
+        results.append(chunk.frames.float() - 127.5)
+    exact, low = results
+    assert 0 < (low - exact).norm() / exact.norm() < 0.05
+
+
+def test_the_label_is_drawn_in_the_lower_left_only() -> None:
+    drawn = []
+    for label in ("", "toy model"):
+        model = tiny.model()
+        model.label = label
+        engine = Engine(model, steps=1, precision="fp32", height=64, width=96)
+        drawn.append(frames_of(run(engine.session(portrait()), speech(2 * FRAME))).float())
+    changed = (drawn[0] - drawn[1]).abs().amax((0, 3)) > 0
+    rows, columns = changed.nonzero().unbind(1)
+    assert len(rows) > 30, "the label is there"
+    assert rows.min() >= 44 and columns.min() >= 1 and columns.max() < 64
