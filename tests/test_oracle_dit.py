@@ -126,7 +126,9 @@ class Inputs:
     audio: Tensor
 
 
-def inputs(config: DiTConfig, batch: int, size: tuple[int, int, int], text: int = 7, tokens: int = 5) -> Inputs:
+def inputs(
+    config: DiTConfig, batch: int, size: tuple[int, int, int], text: int = 7, tokens: int = 5
+) -> Inputs:
     """size: latent frames, height, width."""
     g = torch.Generator().manual_seed(1)
 

@@ -107,7 +107,9 @@ CONFIGS = {
     ("frames", "height", "width", "batch"), [(1, 16, 24, 1), (5, 24, 16, 2), (9, 8, 32, 1), (13, 16, 16, 1)]
 )
 @torch.no_grad()
-def test_encode_matches_diffusers(config: VAEConfig, frames: int, height: int, width: int, batch: int) -> None:
+def test_encode_matches_diffusers(
+    config: VAEConfig, frames: int, height: int, width: int, batch: int
+) -> None:
     vae, x = random_vae(config), video(frames, height, width, batch)
     other = oracle(vae)
     theirs = other.encode(x).latent_dist
@@ -123,7 +125,9 @@ def test_encode_matches_diffusers(config: VAEConfig, frames: int, height: int, w
     ("frames", "height", "width", "batch"), [(1, 2, 3, 1), (2, 3, 2, 2), (3, 1, 4, 1), (4, 2, 2, 1)]
 )
 @torch.no_grad()
-def test_decode_matches_diffusers(config: VAEConfig, frames: int, height: int, width: int, batch: int) -> None:
+def test_decode_matches_diffusers(
+    config: VAEConfig, frames: int, height: int, width: int, batch: int
+) -> None:
     vae, z = random_vae(config), latent(frames, height, width, batch, config.z_dim)
     # diffusers clamps to [-1, 1]: scale the last layer so that nothing is clamped.
     last = vae.decoder.head[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def test_forty_steps() -> None:
     spaced = [(1000 - i * 999 / 39) / 1000 for i in range(40)]
     assert times[:-1] == pytest.approx([5 * t / (1 + 4 * t) for t in spaced], abs=1e-6)
     assert times[0] == 1 and times[-1] == 0
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(times))
 
 
 def test_shift() -> None:
@@ -56,7 +58,7 @@ def test_euler_integrates_a_straight_flow_exactly(steps: int) -> None:
     clean, noise = pair()
     times = timesteps(steps)
     x = noise
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in itertools.pairwise(times):
         x = advance("euler", x, noise - clean, t, s, None)
         torch.testing.assert_close(x, (1 - s) * clean + s * noise, rtol=0, atol=1e-12)
     torch.testing.assert_close(x, clean, rtol=0, atol=1e-12)
@@ -67,7 +69,7 @@ def test_renoise_takes_the_clean_estimate_and_noises_it_afresh(steps: int) -> No
     clean, noise = pair()
     times = timesteps(steps)
     x = noise
-    for i, (t, s) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
         velocity = (x - clean) / t  # of the straight line from `clean` through x
         fresh = torch.randn(clean.shape, generator=torch.Generator().manual_seed(i)).double()
         x = advance("renoise", x, velocity, t, s, fresh)

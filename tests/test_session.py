@@ -91,7 +91,23 @@ def test_seed_image_and_audio_each_change_the_frames(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     "samples",
-    [1, 319, 320, 321, 639, 640, 641, 960, 16_000, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 640, 2 * CHUNK, 40_001],
+    [
+        1,
+        319,
+        320,
+        321,
+        639,
+        640,
+        641,
+        960,
+        16_000,
+        CHUNK - 1,
+        CHUNK,
+        CHUNK + 1,
+        CHUNK + 640,
+        2 * CHUNK,
+        40_001,
+    ],
 )
 def test_the_video_is_as_long_as_the_audio_to_one_frame(engine: Engine, samples: int) -> None:
     audio = speech(samples)
@@ -366,7 +382,9 @@ def test_the_models_own_size_and_steps_are_the_default() -> None:
 def test_bf16_stays_near_fp32() -> None:
     results = []
     for precision in ("fp32", "bf16"):
-        engine = Engine(tiny.model(), steps=2, precision=precision, height=32, width=32)  # type: ignore[arg-type]
+        # Colour matching would stretch a random decoder's faint picture, and its error with it.
+        model = tiny.model(color_strength=0.0)
+        engine = Engine(model, steps=2, precision=precision, height=32, width=32)  # type: ignore[arg-type]
         assert engine.model.dit.dtype == engine.model.vae.dtype
         (chunk,) = run(engine.session(portrait(), seed=1), speech(CHUNK), end=False)
         results.append(chunk.frames.float() - 127.5)

@@ -44,10 +44,14 @@ json.dump({{"frames": frames, "rows": rows}}, sys.stdout)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which only Linux has")
 def test_thirty_minutes_stream_at_a_flat_peak(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", STREAM], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=280
+        [sys.executable, "-c", STREAM],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

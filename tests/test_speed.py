@@ -1,0 +1,31 @@
+"""The embedded model on two CPU cores, through the real command: seconds of compute a second of video."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ASSETS = Path(__file__).parents[1] / "flashtalk_rt" / "assets"
+
+
+@pytest.mark.parametrize(("steps", "limit_s"), [(4, 3.0), (24, 6.0)])
+def test_generate_keeps_its_budget(steps: int, limit_s: float, tmp_path: Path) -> None:
+    """4 steps is the few-step setting, 24 the quality setting (the default)."""
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "flashtalk_rt", "generate"),
+            *("--image", str(ASSETS / "portrait.png"), "--audio", str(ASSETS / "speech.flac")),
+            *("--out", str(tmp_path / "out.mp4"), "--steps", str(steps), "--device", "cpu"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = re.search(r"([\d.]+) s of compute per second of video", ran.stdout + ran.stderr)
+    assert said is not None, ran.stdout + ran.stderr
+    print(f"{steps} steps: {said[1]} s of compute per second of video")
+    assert float(said[1]) <= limit_s
