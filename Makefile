@@ -5,6 +5,9 @@ CONSTRAINTS ?= .ci/constraints.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+# Threads that wait should sleep: spinning ones starve each other when anything else runs.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: setup demo test clean
 
 setup: $(STAMP)

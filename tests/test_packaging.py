@@ -15,7 +15,7 @@ import flashtalk_rt
 
 ROOT = Path(__file__).parents[1]
 INFO = f"flashtalk_rt-{flashtalk_rt.__version__}.dist-info"
-SHIPPED = ("pyproject.toml", "setup.py", "LICENSE", "flashtalk_rt", "profiles")
+SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flashtalk_rt", "profiles")
 
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -66,8 +66,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed: Path) -> None:
     assert {"py.typed", "config.py", "profiles/__init__.py", "profiles/nvtx.py", "ops/_dispatch.py"} <= files
     sources = {p.relative_to(ROOT / "flashtalk_rt").as_posix() for p in (ROOT / "flashtalk_rt").rglob("*.py")}
     assert sources <= files
-    embedded = ROOT / "flashtalk_rt" / "embedded"
-    assert {f"embedded/{p.name}" for p in embedded.glob("*") if p.is_file()} <= files
+    for folder in ("assets", "embedded"):
+        shipped = (ROOT / "flashtalk_rt" / folder).glob("*")
+        assert {f"{folder}/{p.name}" for p in shipped if p.is_file()} <= files
     assert not [name for name in files if name.startswith("profiles/results")]
 
 

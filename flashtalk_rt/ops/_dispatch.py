@@ -91,7 +91,7 @@ def _asked_once(
     return choose(op, Situation.of(device, dtype, head_dim, grad)).backend
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_for(
     op: OpSpec, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, grad: bool = False
 ) -> str:
