@@ -14,7 +14,7 @@ ASSETS = Path(__file__).parents[1] / "flashtalk_rt" / "assets"
 
 @pytest.mark.parametrize(("steps", "limit_s"), [(4, 3.0), (24, 6.0)])
 def test_generate_keeps_its_budget(steps: int, limit_s: float, tmp_path: Path) -> None:
-    """4 steps is the few-step setting, 24 the quality setting (the default)."""
+    """4 steps is the few-step setting, 24 the quality setting; the default, 8, lies between."""
     ran = subprocess.run(
         [
             *(sys.executable, "-m", "flashtalk_rt", "generate"),

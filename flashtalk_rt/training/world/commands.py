@@ -16,7 +16,7 @@ import typer
 
 from ...errors import InputError
 
-app = typer.Typer(no_args_is_help=True, help="Train the embedded talking-face model.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train the embedded talking-face model.")
 
 Run = Annotated[Path, typer.Option("--run", help="Folder of the run; made if it does not exist.")]
 Device = Annotated[str, typer.Option(help="Where to train: cuda or cpu.")]
@@ -195,7 +195,9 @@ def world_eval(
     net: Annotated[str, typer.Option(help="Which DiT of the run: stage1 or base.")] = "stage1",
     chunks: Annotated[int, typer.Option(min=13)] = 20,
     identities: Annotated[int, typer.Option(min=2)] = 64,
-    steps: Annotated[str, typer.Option(help="Numbers of denoising steps, comma-separated.")] = "4,8,24,40",
+    steps: Annotated[
+        str, typer.Option(help="Denoising steps, comma-separated; the last one also gets swapped audio.")
+    ] = "4,24,40,8",
     device: Device = "cuda",
     seed: Seed = 4,
 ) -> None:

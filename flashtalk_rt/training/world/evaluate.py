@@ -123,7 +123,7 @@ def observe(test: TestSet, probe: Probe, frames: Frames) -> Observed:
         errors.append((reading.identity - test.identity[:, None]).abs().mean((1, 2)))
         # The identity is known: what the renderer cannot explain with it is an artefact.
         rendered = render(test.identity, reading.motion, test.stream.height, test.stream.width)
-        residuals.append(torch.stack([metrics.psnr(a, b) for a, b in zip(rendered, video, strict=True)]))
+        residuals.append(metrics.residual_psnr(rendered, video))
         cavity.append(cavity_height(video))
         joined = video if last is None else torch.cat((last, video), dim=1)
         change.append((joined[:, 1:] - joined[:, :-1]).abs().mean((2, 3, 4)))

@@ -33,7 +33,7 @@ TOY_DIT = DiTConfig(
     context_tokens=8,
 )
 # An undistilled flow model is integrated, not renoised; it needs no colour matching (measured).
-TOY_STREAM = StreamConfig(height=96, width=96, steps=24, shift=3.0, sampler="euler", color_strength=0.0)
+TOY_STREAM = StreamConfig(height=96, width=96, steps=8, shift=3.0, sampler="euler", color_strength=0.0)
 
 
 def save_net(net: DiT | VAE, path: Path) -> None:
