@@ -8,6 +8,7 @@ at a time with exactly the result of going all at once.
 from __future__ import annotations
 
 import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
