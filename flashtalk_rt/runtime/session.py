@@ -54,6 +54,8 @@ class Session:
         self._pending_samples = 0
         self._index = 0
         self._ended = False
+        self._lock = threading.Lock()  # of the queue and of what `interrupt` reads
+        self._running = False
         self._interrupted = threading.Event()
         self._label = label_mask(engine.model.label, engine.height, engine.width)
 
@@ -65,27 +67,33 @@ class Session:
         block = torch.as_tensor(samples)
         if block.ndim != 1 or not block.is_floating_point():
             raise InputError(f"audio is {block.dtype} {list(block.shape)}; give mono float samples [n]")
+        block = block.detach().to("cpu", torch.float32, copy=True)
         if not bool(torch.isfinite(block).all()):
             raise InputError("audio holds NaN or infinite samples; clean it first")
-        self._pending.append(block.detach().to("cpu", torch.float32, copy=True))
-        self._pending_samples += block.numel()
+        with self._lock:
+            self._pending.append(block)
+            self._pending_samples += block.numel()
 
     def end_audio(self) -> None:
         """No more audio comes: iterating now yields the rest."""
         self._ended = True
 
     def interrupt(self) -> None:
-        """Drop the queued audio and the chunk being made, at the next denoising step at the latest.
+        """Drop the queued audio, and the chunk being made at the next denoising step at the latest.
 
-        Iterating then stops.  The stream stays usable: audio pushed later continues from the last
-        finished chunk.
+        Iterating then stops.  The stream stays usable: audio pushed from now on continues from the
+        last finished chunk.
         """
-        self._interrupted.set()
+        with self._lock:
+            self._drop_pending()
+            if self._running:
+                self._interrupted.set()
 
     def close(self) -> None:
         """Release the stream's tensors; it takes no more audio and yields no more chunks."""
-        self._constants = None
-        self._drop_pending()
+        with self._lock:
+            self._constants = None
+            self._drop_pending()
 
     def __iter__(self) -> Iterator[Chunk]:
         while (chunk := self._next()) is not None:
@@ -93,23 +101,35 @@ class Session:
 
     def _next(self) -> Chunk | None:
         stream = self._engine.model.stream
-        ready = self._pending_samples >= stream.chunk_samples or (self._ended and self._pending_samples > 0)
-        if self._stopped() or self._constants is None or not ready:
-            return None
-        clock = StageClock(self._engine.device)
-        audio = self._take(stream.chunk_samples)
+        with self._lock:
+            whole = self._pending_samples >= stream.chunk_samples
+            tail = self._ended and self._pending_samples > 0
+            constants = self._constants
+            if constants is None or not (whole or tail):
+                return None
+            audio = self._take(stream.chunk_samples)
+            self._interrupted.clear()
+            self._running = True
+        try:
+            return self._make(audio, constants)
+        finally:
+            with self._lock:
+                self._running = False
+
+    def _make(self, audio: Tensor, constants: Constants) -> Chunk | None:
+        """The chunk that `audio` is for, or None once it was interrupted."""
+        engine, stream = self._engine, self._engine.model.stream
+        clock = StageClock(engine.device)
         ring = self._ring.samples()
         with clock.stage("audio"):
             padded = torch.zeros(stream.chunk_samples)
             padded[: audio.numel()] = audio
-            self._ring.push(padded.to(self._engine.device))
-            windows = self._engine.audio_features(self._ring.samples())
-        made = self._engine.run_chunk(
-            self._constants, self._motion, windows, self._noise, self._interrupted.is_set, clock
-        )
-        if made is None:
+            self._ring.push(padded.to(engine.device))
+            windows = engine.audio_features(self._ring.samples())
+        stopped = self._interrupted.is_set
+        made = engine.run_chunk(constants, self._motion, windows, self._noise, stopped, clock)
+        if made is None or stopped():
             self._ring.push(ring)  # what was never shown was never said
-            self._stopped()
             return None
         self._motion = made.motion
         # Whole frames only, and at least one: a tail shorter than a frame still shows its sound.
@@ -119,14 +139,6 @@ class Session:
         chunk = Chunk(self._index, host, audio, clock.timings_ms())
         self._index += 1
         return chunk
-
-    def _stopped(self) -> bool:
-        """Whether `interrupt` was called since last asked; drops what was queued if so."""
-        if not self._interrupted.is_set():
-            return False
-        self._interrupted.clear()
-        self._drop_pending()
-        return True
 
     def _drop_pending(self) -> None:
         self._pending.clear()

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -180,9 +181,10 @@ def _resume(
         state = torch.load(path, map_location=device, weights_only=True)
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, KeyError, ValueError) as error:
+        average.update(state["average"])
+        resumed = state["step"], state["history"], state["seconds"]
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, UnpicklingError) as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of this training ({error}); move it away"
         ) from error
-    average.update(state["average"])
-    return state["step"], state["history"], state["seconds"]
+    return resumed
