@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ def test_generate_keeps_its_budget(steps: int, limit_s: float, tmp_path: Path) -
             *("--image", str(ASSETS / "portrait.png"), "--audio", str(ASSETS / "speech.flac")),
             *("--out", str(tmp_path / "out.mp4"), "--steps", str(steps), "--device", "cpu"),
         ],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
         check=True,

@@ -85,15 +85,8 @@ def choose(op: OpSpec, situation: Situation) -> Choice:
 
 
 @functools.lru_cache(maxsize=256)
-def _asked_once(
-    op: OpSpec, device: torch.device, dtype: torch.dtype, head_dim: int | None, grad: bool
-) -> str:
-    return choose(op, Situation.of(device, dtype, head_dim, grad)).backend
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_for(
     op: OpSpec, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, grad: bool = False
 ) -> str:
-    """The name of the backend that serves calls in this situation; a constant to torch.compile."""
-    return _asked_once(op, device, dtype, head_dim, grad)
+    """The name of the backend that serves calls in this situation; asked once."""
+    return choose(op, Situation.of(device, dtype, head_dim, grad)).backend

@@ -35,7 +35,7 @@ def conv3d(
 ) -> Tensor:
     """x [B, C, T, H, W], weight [O, C, kt, kh, kw], bias [O] -> [B, O, T', H', W'], x's dtype.
 
-    Channels-last inputs and weights give a channels-last result.
+    oneDNN and cuDNN give a channels-last result for channels-last inputs and weights.
     """
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if backend_for(SPEC, x.device, x.dtype, grad=grad) == "onednn":

@@ -185,6 +185,6 @@ def _resume(
         resumed = state["step"], state["history"], state["seconds"]
     except (RuntimeError, KeyError, TypeError, ValueError, EOFError, UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} is not a checkpoint of this training ({error}); move it away"
+            f"{path} is not a checkpoint of this training ({type(error).__name__}); move it away"
         ) from error
     return resumed
