@@ -233,5 +233,6 @@ def _write_safetensors(
         for _, value in values:
             raw = value.to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
             file.write(raw.numpy().data)
+            del raw  # before the next one is made: one tensor at a time, not two
         file.flush()
         os.fsync(file.fileno())
