@@ -8,6 +8,8 @@ import resource
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -429,18 +431,25 @@ def test_what_a_kill_leaves_plays(tmp_path: Path) -> None:
     assert len(pictures) >= 125 - 8
 
 
-@pytest.fixture
-def small_disk() -> object:
-    """Files may grow to 30,000 bytes; more fails as a full disk does, but with EFBIG."""
+@contextmanager
+def file_size_limit(size_bytes: int) -> Iterator[None]:
+    """Inside, a file that grows past `size_bytes` fails as on a full disk, but with EFBIG.
+
+    It holds for the whole process, and pytest's own output may be a file: keep no limit between tests.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_what_plays(tmp_path: Path, small_disk: object) -> None:
-    with pytest.raises(OutputError, match=r"cannot be written: File too large; (\d+\.\d\d) s") as caught:
-        write_video(tmp_path / "a.mp4", np.random.default_rng(0).uniform(-1, 1, 60 * RATE))
+def test_a_full_disk_leaves_what_plays(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-1, 1, 60 * RATE)
+    expected = r"cannot be written: File too large; (\d+\.\d\d) s"
+    with pytest.raises(OutputError, match=expected) as caught, file_size_limit(30_000):
+        write_video(tmp_path / "a.mp4", noise)
     kept_s = playable_s(tmp_path / "a.mp4")
     assert f"{kept_s:.2f} s of video are kept" in str(caught.value)
     pictures, sound = decode(tmp_path / "a.mp4")
@@ -456,13 +465,9 @@ def test_a_disk_that_is_full_from_the_start_keeps_nothing() -> None:
 
 def test_a_full_disk_can_show_at_the_end_only(tmp_path: Path) -> None:
     writer = write_video(tmp_path / "a.mp4", tone(3, RATE), close=False)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(tmp_path / "a.mp4") + 10, hard))
-    try:
-        with pytest.raises(OutputError, match=r"2\.\d\d s of video are kept"):
-            writer.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    limit_bytes = os.path.getsize(tmp_path / "a.mp4") + 10
+    with pytest.raises(OutputError, match=r"2\.\d\d s of video are kept"), file_size_limit(limit_bytes):
+        writer.close()
     assert len(decode(tmp_path / "a.mp4")[0]) >= 75 - 8
 
 
