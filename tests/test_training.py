@@ -196,6 +196,7 @@ def flow_batch(count: int = 3, frames: int = 3, kept: int = 1) -> FlowBatch:
         text=normal(2, config.text_dim),
         image=normal(5, config.image_dim),
         audio=normal(4 * frames - 3, config.audio_window, config.audio_blocks, config.audio_dim),
+        weight=torch.rand(1, 1, 1, 4, 2, generator=g),
     )
 
 
@@ -228,7 +229,8 @@ def test_the_loss_wants_noise_minus_target_on_the_new_frames(kept: int) -> None:
     assert torch.equal(stub.t, batch.t * 1000) and torch.equal(stub.y, batch.y)
     assert stub.seen[0] is batch.text and stub.seen[1] is batch.image and stub.audio is batch.audio
     stub.velocity = stub.velocity + 2
-    assert flow_matching_loss(stub, batch).item() == pytest.approx(4)  # type: ignore[arg-type]
+    loss = flow_matching_loss(stub, batch).item()  # type: ignore[arg-type]
+    assert loss == pytest.approx(4 * batch.weight.mean().item()), "each place by its weight"
 
 
 @pytest.mark.parametrize("kept", [1, 2])
@@ -334,16 +336,16 @@ def test_the_commands_train_resume_and_record(small_world: None, tmp_path: Path)
     assert vae.config.latent_mean != nets.TOY_VAE.latent_mean, "measured"
     assert all(math.isfinite(s) and s > 0 for s in vae.config.latent_std)
 
-    commands.world_base(run, steps=2, batch=2, device="cpu", seed=0)
+    commands.world_base(run, steps=2, batch=2, clips=64, device="cpu", seed=0)
     first = nets.load_dit(run / "base.safetensors", cpu).state_dict()
-    commands.world_base(run, steps=3, batch=2, device="cpu", seed=0)
+    commands.world_base(run, steps=3, batch=2, clips=64, device="cpu", seed=0)
     more = nets.load_dit(run / "base.safetensors", cpu).state_dict()
     assert any(not torch.equal(first[name], more[name]) for name in first), "it went on"
     log = json.loads((run / "log-base.json").read_text())
     assert log["command"] == "world-base" and log["steps"] == 3
     assert [row["step"] for row in log["history"]] == [2, 3]
 
-    commands.world_stage1(run, steps=3, batch=2, device="cpu", seed=0)
+    commands.world_stage1(run, steps=3, batch=2, clips=64, device="cpu", seed=0)
     adapted = nets.load_dit(run / "stage1.safetensors", cpu).state_dict()
     assert all(bool(value.isfinite().all()) for value in adapted.values())
     assert json.loads((run / "log-stage1.json").read_text())["source"].endswith("base.safetensors")

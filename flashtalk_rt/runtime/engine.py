@@ -16,6 +16,7 @@ from ..modules.chunk import NoiseSource, Reference, denoise, reference_latent
 from ..modules.color import ColorReference
 from ..modules.image import Picture, load_image
 from ..modules.model import Model
+from ..modules.precision import native_bf16
 from ..modules.schedule import timesteps
 from .session import Session
 from .timing import StageClock
@@ -25,10 +26,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 def default_precision(device: torch.device) -> Precision:
     """bf16 where the device computes it natively, else fp32 (bf16 on an older CPU is emulated)."""
-    if device.type == "cuda":
-        return "bf16"
-    # Private, but torch has no public test for a CPU's bf16 units.
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if native_bf16(device) else "fp32"
 
 
 @dataclasses.dataclass(frozen=True)

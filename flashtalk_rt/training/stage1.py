@@ -26,6 +26,7 @@ class FlowBatch(NamedTuple):
     text: Tensor  # [B, L, text_dim]
     image: Tensor  # [B, tokens, image_dim]
     audio: Tensor  # [B, frames, window, blocks, dim]
+    weight: Tensor  # [1, 1, 1, h, w] of a place in the loss, mean 1; of no sample, so it biases nothing
 
 
 def sample_times(count: int, shift: float, generator: torch.Generator) -> Tensor:
@@ -35,7 +36,7 @@ def sample_times(count: int, shift: float, generator: torch.Generator) -> Tensor
 
 
 def flow_matching_loss(dit: DiT, batch: FlowBatch) -> Tensor:
-    """Mean square error of the predicted velocity over the new frames."""
+    """Weighted mean square error of the predicted velocity over the new frames."""
     level = batch.t.view(-1, 1, 1, 1, 1)
     kept = batch.motion.shape[2]
     noisy = (1 - level) * batch.target + level * batch.noise
@@ -44,7 +45,7 @@ def flow_matching_loss(dit: DiT, batch: FlowBatch) -> Tensor:
     audio = dit.audio_context(batch.audio)
     velocity = dit(noisy, batch.t * 1000, batch.y, context, audio)
     error = velocity.float() - (batch.noise - batch.target)
-    loss: Tensor = error[:, :, kept:].square().mean()
+    loss: Tensor = (batch.weight * error[:, :, kept:].square()).mean()
     return loss
 
 

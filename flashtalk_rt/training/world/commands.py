@@ -23,6 +23,7 @@ Device = Annotated[str, typer.Option(help="Where to train: cuda or cpu.")]
 Seed = Annotated[int, typer.Option(help="Seed of data and weights.")]
 Batch = Annotated[int, typer.Option(min=1, help="Clips a step.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+Clips = Annotated[int, typer.Option(min=64, help="Encoded clips alive; 500 steps renew a quarter.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
 Source = Annotated[Path | None, typer.Option(help="Weights to start from instead of the default.")]
 
@@ -84,6 +85,7 @@ def world_probe(
     generator = _start(run, device, seed)
     import torch
 
+    from ...modules.precision import autocast
     from .nets import TOY_STREAM, load_vae
     from .probe import Probe, probe_scores, random_sample, save_probe, train_probe
 
@@ -92,7 +94,7 @@ def world_probe(
 
     def reconstruct_half(frames: torch.Tensor) -> torch.Tensor:
         half = len(frames) // 2
-        with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.device.type == "cuda"):
+        with autocast(frames.device):
             rebuilt = vae.decode(vae.encode(frames[:half, :, None]))[:, :, 0].float().clamp(-1, 1)
         return torch.cat((rebuilt, frames[half:]))
 
@@ -112,7 +114,15 @@ def world_probe(
 
 
 def _fit_dit(
-    name: str, run: Path, source: Path | None, steps: int, batch: int, lr: float, device: str, seed: int
+    name: str,
+    run: Path,
+    source: Path | None,
+    steps: int,
+    batch: int,
+    clips: int,
+    lr: float,
+    device: str,
+    seed: int,
 ) -> None:
     generator = _start(run, device, seed)
     from ...modules.dit import DiT
@@ -122,15 +132,15 @@ def _fit_dit(
 
     vae = load_vae(run / "vae.safetensors", generator.device)
     dit = load_dit(source, generator.device) if source else DiT(TOY_DIT).to(generator.device)
-    on_gpu = generator.device.type == "cuda"
     history = fit_dit(
         dit,
         vae,
         STAGE1_KINDS if name == "stage1" else BASE_KINDS,
-        FitConfig(steps=steps, peak_lr=lr),
+        # An average over the last tenth of a short run, and over the last thousand steps of a long one.
+        FitConfig(steps=steps, peak_lr=lr, ema=min(0.999, 1 - 10 / max(steps, 20))),
         batch,
-        clips=6144 if on_gpu else 64,
-        speakers=256 if on_gpu else 4,
+        clips=clips,
+        speakers=min(256, max(4, clips // 24)),
         renew_every=500,
         stream=TOY_STREAM,
         checkpoint=run / f"{name}.ckpt",
@@ -138,7 +148,14 @@ def _fit_dit(
         log=_log,
     )
     save_net(dit, run / f"{name}.safetensors")
-    settings = {"steps": steps, "batch": batch, "peak_lr": lr, "seed": seed, "source": str(source or "")}
+    settings = {
+        "steps": steps,
+        "batch": batch,
+        "clips": clips,
+        "peak_lr": lr,
+        "seed": seed,
+        "source": str(source or ""),
+    }
     _record(run, f"world-{name}", settings, history)
 
 
@@ -147,13 +164,14 @@ def world_base(
     run: Run,
     steps: Steps = 12000,
     batch: Batch = 128,
+    clips: Clips = 6144,
     lr: Rate = 1e-3,
     source: Source = None,
     device: Device = "cuda",
     seed: Seed = 2,
 ) -> None:
     """Train the tiny DiT by flow matching, from random weights unless --source is given."""
-    _fit_dit("base", run, source, steps, batch, lr, device, seed)
+    _fit_dit("base", run, source, steps, batch, clips, lr, device, seed)
 
 
 @app.command("world-stage1")
@@ -161,13 +179,14 @@ def world_stage1(
     run: Run,
     steps: Steps = 3000,
     batch: Batch = 128,
+    clips: Clips = 6144,
     lr: Rate = 4e-4,
     source: Source = None,
     device: Device = "cuda",
     seed: Seed = 3,
 ) -> None:
     """Adapt the base model to streaming: references from elsewhere, re-encoded pasts, all shapes."""
-    _fit_dit("stage1", run, source or run / "base.safetensors", steps, batch, lr, device, seed)
+    _fit_dit("stage1", run, source or run / "base.safetensors", steps, batch, clips, lr, device, seed)
 
 
 @app.command("world-voices")

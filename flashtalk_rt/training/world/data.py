@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...config import StreamConfig
 from ...modules.audio import normalize_loudness
+from ...modules.precision import autocast
 from ...modules.toy_encoders import MelAudioEncoder, PatchImageEncoder
 from ...modules.vae import VAE
 from .face import MOTION_NAMES, render, sample_identities
@@ -156,7 +157,7 @@ def make_clips(
         if kind.outside and kind.chunk != "first":
             other = torch.rand(size, 1, 2, generator=generator, device=identity.device) ** 2
             image = talk(identity, other, generator, kind.height, kind.width)
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=video.device.type == "cuda"):
+        with autocast(video.device):
             target = vae.normalize(vae.encode_distribution(video, step)[0])
             grey = F.pad(image, (0, 0, 0, 0, 0, stream.frames - 1))
             reference = vae.normalize(vae.encode_distribution(grey, step)[0])

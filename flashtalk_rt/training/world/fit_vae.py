@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...config import VAEConfig
+from ...modules.precision import autocast
 from ...modules.vae import STRIDE, VAE
 from ..loop import FitConfig, Log, fit
 from .data import SpeechBank, talk
@@ -84,7 +85,7 @@ def fit_vae(
         return video, torch.randn(shape, generator=generator, device=device)
 
     def loss_of(video: Tensor, noise: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+        with autocast(device):
             return vae_loss(vae, video, noise)
 
     history = fit(vae, inputs_of, loss_of, fit_config, checkpoint, log)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ...modules.precision import autocast
 from .face import IDENTITY_NAMES, MOTION_NAMES, cavity_height, render, sample_identities
 from .motion import sample_motion
 
@@ -129,7 +130,7 @@ def train_probe(
 
     `augment` maps frames to frames of the same shape without gradient (mix VAE reconstructions in
     here). The loss is the mean square error in units of each parameter's uniform deviation (1 is
-    chance). AdamW under a one-cycle schedule, bf16 autocast on CUDA. `on_step(step, loss)` is called
+    chance). AdamW under a one-cycle schedule, bf16 where the device has it. `on_step(step, loss)` is called
     every 50 steps, the only time the loop waits for the device.
     """
     device = next(probe.parameters()).device
@@ -144,7 +145,7 @@ def train_probe(
             if augment is not None:
                 frames = augment(frames)
             target = (torch.cat([motion, identity], -1) - probe.centre) / probe.span
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             predicted = probe.standardised(frames)
         loss = F.mse_loss(predicted.float(), target)
         optimiser.zero_grad(set_to_none=True)
