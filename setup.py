@@ -1,12 +1,12 @@
 """The one thing `pyproject.toml` cannot say: top-level folders that are subpackages.
 
 Their names are too greedy to claim in site-packages, so `profiles/` is installed as
-`flashtalk_rt.profiles`.
+`flashtalk_rt.profiles`, and so on.
 """
 
 from setuptools import find_packages, setup
 
-MAPPED = ["profiles"]
+MAPPED = ["graphs", "profiles", "triton_kernels"]
 
 setup(
     packages=find_packages(include=["flashtalk_rt", "flashtalk_rt.*"])

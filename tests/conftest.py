@@ -11,6 +11,10 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# Without a GPU, Triton's kernels run in its interpreter. It is read when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 DESELECTED = pytest.StashKey[int]()
 
 

@@ -2,9 +2,11 @@
 
 from . import chunk_attention as _chunk_attention
 from . import conv3d as _conv3d
+from . import residual_norm as _residual_norm
 from ._dispatch import TORCH, OpSpec
 from .chunk_attention import chunk_attention
 from .conv3d import conv3d
+from .fp8 import Quantized
 from .reference import (
     adaln,
     audio_cross_attention,
@@ -17,6 +19,7 @@ from .reference import (
     rms_norm,
     rope_table,
 )
+from .residual_norm import residual_norm
 
 # Every op and its backends, for `flashtalk doctor` and the parity tests.
 _PLAIN = (
@@ -32,11 +35,13 @@ _PLAIN = (
 REGISTRY: tuple[OpSpec, ...] = (
     _chunk_attention.SPEC,
     _conv3d.SPEC,
+    _residual_norm.SPEC,
     *(OpSpec(name, (TORCH,)) for name in _PLAIN),
 )
 
 __all__ = [
     "REGISTRY",
+    "Quantized",
     "adaln",
     "audio_cross_attention",
     "chunk_attention",
@@ -47,6 +52,7 @@ __all__ = [
     "lab_statistics",
     "layer_norm",
     "qk_norm_rope",
+    "residual_norm",
     "rms_norm",
     "rope_table",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -48,11 +50,34 @@ class Backend:
 
 
 @dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an op: `make` draws its keyword arguments, floating tensors in the dtype asked for.
+
+    What must be float32 whatever the dtype (tables, gates) the maker leaves in float32.
+    """
+
+    name: str
+    make: Callable[[torch.device, torch.dtype, torch.Generator], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class OpSpec:
-    """An op and the backends that can compute it, the most wanted first."""
+    """An op and the backends that can compute it, the most wanted first.
+
+    The parity tests and the benchmark go through the registry of these: `function` is the public op
+    (it takes `backend=`), `reference` its plain float32 meaning, `eager` the same in the inputs' own
+    precision, whose error a backend may double; `cases` are small, odd and ragged, `workload` is the
+    14B model's call at 768 x 448; `gradients` names the arguments it is differentiable in.
+    """
 
     name: str
     backends: tuple[Backend, ...]
+    function: Callable[..., Any] | None = None
+    reference: Callable[..., Any] | None = None
+    eager: Callable[..., Any] | None = None
+    cases: tuple[Case, ...] = ()
+    workload: Case | None = None
+    gradients: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [backend.name for backend in self.backends]
@@ -72,6 +97,22 @@ TORCH = Backend("torch", lambda situation: None)
 """Plain torch, which always can."""
 
 
+def _triton(situation: Situation) -> str | None:
+    if situation.device_type != "cuda":
+        return f"needs a CUDA device, this is {situation.device_type}"
+    if situation.capability is None or situation.capability < (8, 0):
+        return f"needs sm_80 or newer, this is {situation.capability}"
+    if situation.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"needs float32, bfloat16 or float16, this is {situation.dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (extra: cuda)"
+    return None
+
+
+TRITON = Backend("triton", _triton)
+"""Kernels of `triton_kernels`."""
+
+
 def choose(op: OpSpec, situation: Situation) -> Choice:
     """The first backend of `op` that supports `situation`; InputError with every reason if none does."""
     refused: dict[str, str] = {}
@@ -84,9 +125,35 @@ def choose(op: OpSpec, situation: Situation) -> Choice:
     raise InputError(f"{op.name}: no backend serves {situation} ({reasons})")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def backend_for(
-    op: OpSpec, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, grad: bool = False
+    op: OpSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None = None,
+    grad: bool = False,
+    wanted: str | None = None,
 ) -> str:
-    """The name of the backend that serves calls in this situation; asked once."""
-    return choose(op, Situation.of(device, dtype, head_dim, grad)).backend
+    """The name of the backend that serves calls in this situation; asked once.
+
+    `wanted`: the caller's own choice, obeyed or refused with InputError, never replaced.
+    """
+    situation = Situation.of(device, dtype, head_dim, grad)
+    if wanted is None:
+        return choose(op, situation).backend
+    for backend in op.backends:
+        if backend.name == wanted:
+            reason = backend.supports(situation)
+            if reason is not None and not (wanted == "triton" and _interpreted(situation)):
+                raise InputError(f"{op.name}: backend {wanted} cannot serve {situation}: {reason}")
+            return wanted
+    raise InputError(f"{op.name}: no backend {wanted!r}; use one of {[b.name for b in op.backends]}")
+
+
+def _interpreted(situation: Situation) -> bool:
+    """Whether Triton's kernels run on the CPU, in its interpreter (tests, TRITON_INTERPRET=1)."""
+    if situation.device_type != "cpu" or importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -37,6 +37,16 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
 
 
+def residual_norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """r = x + y * gate and LayerNorm(r) * weight + bias; shapes as in `ops.residual_norm`."""
+    if y is not None:
+        x = x + y if gate is None else gate_residual(x, y, gate)
+    normed = F.layer_norm(x.float(), x.shape[-1:], None, None, eps)
+    return x, torch.addcmul(bias.float(), normed, weight.float()).to(x.dtype)
+
+
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
     """Rotation angles of 3D RoPE (theta 10000) for a token grid (T, H, W), as [T*H*W, head_dim/2, 2].
 

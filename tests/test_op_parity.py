@@ -1,0 +1,163 @@
+"""Every op of the registry that lists its cases: every backend, forward and gradients, against float32.
+
+On a machine without a GPU, Triton's kernels run in its interpreter (bfloat16 products are wrong there, so
+half precision stands in for it).  Uninitialised memory is NaN, so an element nobody wrote shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtalk_rt import ops
+from flashtalk_rt.errors import InputError
+from flashtalk_rt.ops import Quantized
+from flashtalk_rt.ops._dispatch import Case, OpSpec, Situation
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+SPECS = [spec for spec in ops.REGISTRY if spec.cases]
+PARAMETERS = [
+    pytest.param(spec, case, backend.name, id=f"{spec.name}-{backend.name}-{case.name}")
+    for spec in SPECS
+    for backend in spec.backends
+    for case in spec.cases
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def serves(spec: OpSpec, backend: str, device: str, dtype: torch.dtype, inputs: dict[str, Any]) -> str | None:
+    """None if it does; Triton always does on a CPU, in the interpreter."""
+    if backend == "triton" and device == "cpu":
+        return None
+    head_dim = inputs["q"].shape[-1] if isinstance(inputs.get("q"), Tensor) else None
+    situation = Situation.of(torch.device(device), dtype, head_dim)
+    return next(b for b in spec.backends if b.name == backend).supports(situation)
+
+
+def upcast(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def results(out: Any) -> list[Tensor]:
+    """Every tensor of a result, as float32."""
+    if isinstance(out, Quantized):
+        return [out.dequantize()]
+    if isinstance(out, Tensor):
+        return [out.float()]
+    return [tensor for part in out for tensor in results(part)]
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Largest deviation, in units of the exact result's root mean square."""
+    assert found.shape == exact.shape
+    size = exact.square().mean().sqrt().clamp(min=1e-6)
+    return ((found - exact).abs().max() / size).item() if exact.numel() else 0.0
+
+
+def gradients(
+    function: Callable[..., Any], inputs: dict[str, Any], wanted: tuple[str, ...], seed: int
+) -> list[Tensor]:
+    given = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    leaves = [given[name].requires_grad_(True) for name in wanted if given[name] is not None]
+    generator = torch.Generator(leaves[0].device).manual_seed(seed)
+    total = leaves[0].new_zeros((), dtype=torch.float32)
+    for out in results(function(**given)):
+        cotangent = torch.randn(out.shape, generator=generator, device=out.device)
+        total = total + (out * cotangent).sum() if out.requires_grad else total
+    return [g.float() for g in torch.autograd.grad(total, leaves)]
+
+
+def check(kind: str, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], floor: float) -> None:
+    assert len(ours) == len(exact)
+    for i, (a, e, x) in enumerate(zip(ours, eager, exact, strict=True)):
+        assert torch.isfinite(a).all(), f"{kind} {i}: not every element was written"
+        assert error(a, x) <= 2 * error(e, x) + floor, f"{kind} {i}"
+
+
+def check_quantized(ours: list[Tensor], exact: list[Tensor], step: float) -> None:
+    """e4m3 keeps 3 bits of mantissa: rounding errs by 1/16 of a value.
+
+    Triton's interpreter loses the carry where rounding reaches the next power of two (31.99 gives 16).
+    """
+    for a, x in zip(ours, exact, strict=True):
+        smallest = x.abs().amax() / 448 / 64
+        assert ((a - x).abs() <= 1.05 * step * x.abs() + smallest).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "low"])
+@pytest.mark.parametrize(("spec", "case", "backend"), PARAMETERS)
+def test_a_backend_errs_at_most_twice_as_much_as_eager(
+    spec: OpSpec, case: Case, backend: str, low: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert spec.function is not None and spec.reference is not None
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    dtype = (torch.float16 if device == "cpu" else torch.bfloat16) if low else torch.float32
+    inputs = case.make(torch.device(device), dtype, torch.Generator(device).manual_seed(0))
+    reason = serves(spec, backend, device, dtype, inputs)
+    if reason is not None:
+        with pytest.raises(InputError, match=backend):
+            spec.function(**inputs, backend=backend)
+        return
+    exact_inputs = upcast(inputs)
+    eager = spec.eager or spec.reference
+    # Triton's float32 products are tf32 on a GPU.
+    floor = 2e-3 if device == "cuda" and not low else 2e-5
+    with torch.no_grad():
+        exact = results(spec.reference(**exact_inputs))
+        found = results(spec.function(**inputs, backend=backend))
+        quantized = inputs.get("fp8", False)
+        if quantized:
+            check_quantized(found, exact, step=1 / 2 if (device, backend) == ("cpu", "triton") else 1 / 16)
+        else:
+            check("output", found, results(eager(**inputs)), exact, floor)
+    if spec.gradients and not quantized:
+        wanted = tuple(n for n in spec.gradients if inputs[n] is not None)
+        check(
+            "gradient",
+            gradients(lambda **k: spec.function(**k, backend=backend), inputs, wanted, 1),
+            gradients(eager, inputs, wanted, 1),
+            gradients(spec.reference, exact_inputs, wanted, 1),
+            floor,
+        )
+
+
+def test_an_unknown_backend_is_named() -> None:
+    spec = next(spec for spec in SPECS if spec.name == "residual_norm")
+    inputs = spec.cases[0].make(torch.device("cpu"), torch.float32, torch.Generator())
+    with pytest.raises(InputError, match="no backend 'cutlass'"):
+        ops.residual_norm(**{k: v for k, v in inputs.items() if k != "fp8"}, backend="cutlass")
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.gradients], ids=lambda s: s.name)
+def test_the_registered_op_keeps_torchs_rules(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake tensors and autograd registration, on every call that the public op makes of it."""
+    assert spec.function is not None
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "flashtalk_rt":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    for case in spec.cases:
+        inputs = case.make(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
+        with Recorder(), torch.no_grad():
+            spec.function(**inputs, backend="triton")
+    assert calls, "the Triton backend is a registered op"
+    for func, args in calls:
+        torch.library.opcheck(
+            func, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        )
