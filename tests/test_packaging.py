@@ -15,7 +15,8 @@ import flashtalk_rt
 
 ROOT = Path(__file__).parents[1]
 INFO = f"flashtalk_rt-{flashtalk_rt.__version__}.dist-info"
-SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flashtalk_rt", "profiles")
+SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flashtalk_rt", "graphs", "profiles",
+           "triton_kernels")  # fmt: skip
 
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
