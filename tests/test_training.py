@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -59,7 +60,7 @@ def train(
         loss: Tensor = (net(x) - y).square().mean()
         return loss
 
-    return fit(net, inputs_of, loss_of, config, checkpoint, lambda line: None)
+    return fit(net, inputs_of, loss_of, config, checkpoint, torch.Generator(), lambda line: None)
 
 
 def test_resuming_gives_the_same_bits_as_going_straight(tmp_path: Path) -> None:
@@ -94,6 +95,33 @@ def test_resuming_gives_the_same_bits_as_going_straight(tmp_path: Path) -> None:
     assert len(train(again, tmp_path / "parts.ckpt", inputs_of=counted)) == 2 and not steps
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), resumed.parameters(), strict=True))
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_resumed_run_draws_new_data(tmp_path: Path) -> None:
+    """One generator draws all of a run's data; its state is part of the checkpoint."""
+
+    def run(checkpoint: Path, stop_at: int | None) -> list[float]:
+        generator, drawn = torch.Generator().manual_seed(7), []
+
+        def inputs_of(step: int) -> tuple[Tensor, ...]:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            drawn.append(torch.rand((), generator=generator).item())
+            return data(step)
+
+        net = small_net()
+
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            loss: Tensor = (net(x) - y).square().mean()
+            return loss
+
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(net, inputs_of, loss_of, CONFIG, checkpoint, generator, lambda line: None)
+        return drawn
+
+    straight = run(tmp_path / "straight.ckpt", None)
+    assert run(tmp_path / "parts.ckpt", 3) + run(tmp_path / "parts.ckpt", None) == straight
+    assert len(set(straight)) == CONFIG.steps
 
 
 def other_network(path: Path) -> None:

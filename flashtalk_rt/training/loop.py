@@ -92,14 +92,16 @@ def fit(
     loss_of: Callable[..., Tensor],
     config: FitConfig,
     checkpoint: Path,
+    generator: torch.Generator,
     log: Log,
 ) -> list[dict[str, float]]:
     """Train `net` in place and leave its exponential moving average in it.
 
-    `inputs_of(step)` draws one batch; `loss_of(*inputs)` is its loss, and everything random is among
-    the inputs.  `checkpoint` is read when it exists (CheckpointError
-    if it is another network's) and written every `save_every_s` and at the end.  Returns the log:
-    step, loss (mean since the last entry), learning rate and seconds, over all resumed parts.
+    `inputs_of(step)` draws one batch from `generator`; `loss_of(*inputs)` is its loss, and everything
+    random is among the inputs.  `checkpoint` is read when it exists (CheckpointError if it is another
+    network's) and written every `save_every_s` and at the end; it holds the generator's state, so a
+    resumed run goes on to new data.  Returns the log: step, loss (mean since the last entry), learning
+    rate and seconds, over all resumed parts.
     """
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=config.peak_lr, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
@@ -108,7 +110,7 @@ def fit(
     start, spent_s = 0, 0.0
     history: list[dict[str, float]] = []
     if checkpoint.is_file():
-        start, history, spent_s = _resume(checkpoint, net, optimizer, average)
+        start, history, spent_s = _resume(checkpoint, net, optimizer, average, generator)
         log(f"resuming {checkpoint} at step {start} of {config.steps}")
     begin = saved = time.perf_counter()
     losses: list[Tensor] = []
@@ -138,12 +140,11 @@ def fit(
                     f"the loss is {mean} at step {step + 1}; resume from {checkpoint} with a lower rate"
                 )
             if time.perf_counter() - saved > config.save_every_s:
-                _save(checkpoint, step + 1, net, optimizer, average, history, seconds)
+                _save(checkpoint, step + 1, net, optimizer, average, generator, history, seconds)
                 saved = time.perf_counter()
     if start < config.steps:
-        _save(
-            checkpoint, config.steps, net, optimizer, average, history, spent_s + time.perf_counter() - begin
-        )
+        seconds = spent_s + time.perf_counter() - begin
+        _save(checkpoint, config.steps, net, optimizer, average, generator, history, seconds)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(average[name])
@@ -157,6 +158,7 @@ def _save(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
+    generator: torch.Generator,
     history: list[dict[str, float]],
     seconds: float,
 ) -> None:
@@ -165,6 +167,7 @@ def _save(
         "net": net.state_dict(),
         "optimizer": optimizer.state_dict(),
         "average": average,
+        "generator": generator.get_state(),
         "history": history,
         "seconds": seconds,
     }
@@ -174,7 +177,11 @@ def _save(
 
 
 def _resume(
-    path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+    path: Path,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    generator: torch.Generator,
 ) -> tuple[int, list[dict[str, float]], float]:
     device = next(net.parameters()).device
     try:
@@ -182,6 +189,7 @@ def _resume(
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         average.update(state["average"])
+        generator.set_state(state["generator"].cpu())
         resumed = state["step"], state["history"], state["seconds"]
     except (RuntimeError, KeyError, TypeError, ValueError, EOFError, UnpicklingError) as error:
         raise CheckpointError(

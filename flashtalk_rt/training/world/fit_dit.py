@@ -152,4 +152,4 @@ def fit_dit(
         with autocast(device):
             return flow_matching_loss(dit, FlowBatch(*inputs))
 
-    return fit(dit, inputs_of, loss_of, fit_config, checkpoint, log)
+    return fit(dit, inputs_of, loss_of, fit_config, checkpoint, generator, log)

@@ -88,7 +88,7 @@ def fit_vae(
         with autocast(device):
             return vae_loss(vae, video, noise)
 
-    history = fit(vae, inputs_of, loss_of, fit_config, checkpoint, log)
+    history = fit(vae, inputs_of, loss_of, fit_config, checkpoint, generator, log)
     mean, std = latent_statistics(vae, bank, size, generator)
     measured = VAE(dataclasses.replace(config, latent_mean=mean, latent_std=std))
     measured.load_state_dict(vae.state_dict())
