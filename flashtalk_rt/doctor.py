@@ -18,6 +18,7 @@ from rich.table import Table
 from .config import DiTConfig
 from .errors import InputError
 from .ops._dispatch import OpSpec, Situation, choose
+from .ops.slice_conv import extension
 
 # What decides the speed of fp32 and bf16 matrix products; Linux's names for x86 and Arm.
 CPU_FEATURES = {
@@ -75,6 +76,7 @@ def software() -> list[tuple[str, str]]:
         ("flash-attn", version("flash-attn", "not installed (extra: fa2; never required)")),
         ("flash-attn-4", version("flash-attn-4", "not installed (extra: fa4; never required)")),
         ("nvcc", nvcc()),
+        ("CUDA extension", cuda_extension()),
         ("PyAV", f"{av.__version__}; {encoders()}"),
     ]
 
@@ -113,6 +115,12 @@ def nvcc() -> str:
         return "not found on PATH (only needed to build csrc)"
     lines = run([path, "--version"])
     return next((line.strip() for line in lines if "release" in line), f"{path} did not answer")
+
+
+def cuda_extension() -> str:
+    """Where the compiled kernels are, or why there are none."""
+    found = extension()
+    return found if isinstance(found, str) else f"{found.__name__} in {found.__file__}"
 
 
 def run(command: list[str]) -> list[str]:

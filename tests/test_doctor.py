@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_a_command_that_fails_gives_no_lines() -> None:
     assert doctor.run(["/nonexistent/command"]) == []
     assert doctor.run(["false"]) == []
     assert doctor.run(["echo", "one"]) == ["one"]
+
+
+def test_the_cuda_extension_is_there_or_the_reason_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "extension", lambda: "flashtalk_rt._C is not built: nvcc is not on PATH")
+    assert dict(doctor.software())["CUDA extension"] == "flashtalk_rt._C is not built: nvcc is not on PATH"
+    module = ModuleType("flashtalk_rt._C")
+    module.__file__ = "/somewhere/_C.so"
+    monkeypatch.setattr(doctor, "extension", lambda: module)
+    assert dict(doctor.software())["CUDA extension"] == "flashtalk_rt._C in /somewhere/_C.so"
 
 
 @pytest.mark.gpu

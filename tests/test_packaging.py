@@ -15,13 +15,19 @@ import flashtalk_rt
 
 ROOT = Path(__file__).parents[1]
 INFO = f"flashtalk_rt-{flashtalk_rt.__version__}.dist-info"
-SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flashtalk_rt", "graphs", "profiles",
-           "triton_kernels")  # fmt: skip
+SHIPPED = ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "flashtalk_rt",
+           "graphs", "profiles", "triton_kernels")  # fmt: skip
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter in `folder`, which it can import from and which comes first."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+def run(arguments: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter in `folder`, which it can import from and which comes first.
+
+    It finds no nvcc, so that the extension is not compiled here: tests/test_csrc.py does that, once.
+    """
+    dropped = ("PYTHONPATH", "PYTHONSAFEPATH", "CUDA_HOME")
+    environment = {k: v for k, v in os.environ.items() if k not in dropped} | variables
+    folders = environment["PATH"].split(os.pathsep)
+    environment["PATH"] = os.pathsep.join(f for f in folders if not Path(f, "nvcc").exists())
     return subprocess.run(
         [sys.executable, *arguments],
         check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
@@ -35,7 +41,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SHIPPED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
         else:
             shutil.copy(source, copy / name)
     (copy / "profiles" / "results").mkdir(exist_ok=True)
@@ -89,6 +95,42 @@ def test_the_wheel_states_its_extras_command_and_licence(installed: Path) -> Non
         assert line in metadata.splitlines()
     assert "flashtalk = flashtalk_rt.cli:main" in (info / "entry_points.txt").read_text()
     assert "Apache License" in (info / "licenses" / "LICENSE").read_text()
+
+
+def test_without_nvcc_the_wheel_is_pure_and_the_build_says_so(installed: Path, checkout: Path) -> None:
+    assert "Tag: py3-none-any" in (installed / INFO / "WHEEL").read_text().splitlines()
+    done = run(["setup.py", "--version"], checkout)
+    assert done.returncode == 0
+    assert "flashtalk_rt._C is not built: nvcc is neither on PATH nor in $CUDA_HOME/bin" in done.stderr
+
+
+@pytest.fixture
+def cuda_home(tmp_path: Path) -> Path:
+    """Holds an nvcc that is found and cannot compile."""
+    compiler = tmp_path / "cuda" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    return compiler.parents[1]
+
+
+def test_without_the_build_tools_the_build_says_so(checkout: Path, cuda_home: Path) -> None:
+    # As under build isolation.
+    isolated = "import runpy, sys; sys.modules['pybind11'] = None; sys.argv = ['setup.py', '--version']; "
+    done = run(["-c", isolated + "runpy.run_path('setup.py')"], checkout, CUDA_HOME=str(cuda_home))
+    assert done.returncode == 0
+    assert "flashtalk_rt._C is not built: nvcc is here, cmake or pybind11 is not" in done.stderr
+
+
+def test_an_extension_that_does_not_compile_fails_no_install(
+    checkout: Path, cuda_home: Path, tmp_path: Path
+) -> None:
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    done = run(["-c", build], checkout, CUDA_HOME=str(cuda_home))
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.whl"))) == 1
+    assert not list((checkout / "flashtalk_rt").glob("_C*"))
+    assert 'building extension "flashtalk_rt._C" failed' in done.stdout + done.stderr
 
 
 def test_the_wheel_imports_the_mapped_folder(installed: Path) -> None:

@@ -1,0 +1,362 @@
+"""The CUDA extension: built by setup.py for sm_90a, its machine code, its index arithmetic, its op.
+
+Without a GPU the kernel cannot run.  What can be shown is shown: it compiles without a warning, its machine
+code multiplies on the tensor cores and keeps nothing in local memory, and a model of the hardware on the
+CPU, driven by the kernel's own index arithmetic, gives the plain sum.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashtalk_rt.errors import InputError
+from flashtalk_rt.ops._dispatch import Situation, backend_for
+
+ROOT = Path(__file__).parents[1]
+VARIANTS = {(n, m64, spatial) for n, m64 in ((96, 2), (96, 4), (192, 1), (192, 2)) for spatial in (1, 3)}
+KERNELS = [(3, 3), (1, 3), (3, 1), (1, 1)]  # frames, side
+op = importlib.import_module("flashtalk_rt.ops.slice_conv")  # `ops` may hold the function under this name
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH: csrc is not compiled here")
+CXX = shutil.which("c++")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("flashtalk_rt._C", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension as setup.py builds it; any warning of nvcc or ptxas, a spill too, is an error there."""
+    folder = tmp_path_factory.mktemp("csrc")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib")]
+    done = subprocess.run(
+        [*command, "--build-temp", str(folder / "temp")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = list((folder / "lib" / "flashtalk_rt").glob("_C.*"))
+    assert done.returncode == 0 and len(found) == 1, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "warning" not in done.stdout + done.stderr
+    return found[0]
+
+
+def machine_code(library: Path) -> dict[tuple[int, ...], list[str]]:
+    """The instructions of every kernel, by its tile (n, m64, spatial)."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        pytest.skip("triton, whose wheel holds cuobjdump, is not installed")
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "-sass", library], capture_output=True, text=True, check=True)
+    kernels: dict[tuple[int, ...], list[str]] = {}
+    for line in done.stdout.splitlines():
+        if name := re.search(r"Function : .*SliceConvTileILi(\d+)ELi(\d+)ELi(\d+)", line):
+            instructions = kernels.setdefault(tuple(map(int, name.groups())), [])
+        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(code[1].strip())
+    return kernels
+
+
+@needs_nvcc
+@pytest.mark.timeout(600)
+def test_the_machine_code_is_hoppers(built: Path) -> None:
+    kernels = machine_code(built)
+    assert set(kernels) == VARIANTS
+    for (n, m64, spatial), code in kernels.items():
+
+        def count(pattern: str, code: list[str] = code) -> int:
+            return sum(re.search(pattern, line) is not None for line in code)
+
+        # Two wgmma a tap and slab for each 64-row product: nothing was unrolled twice or left out.
+        assert count(rf"^HGMMA\.64x{n}x16\.F32\.BF16") == count("HGMMA") == spatial * 2 * m64
+        assert count(r"UTMALDG\.4D") >= 1 and count(r"UTMALDG\.5D") >= spatial
+        assert count(r"USETMAXREG") == 2, "registers move from the loading warp to the multiplying ones"
+        assert count(r"\b(LDL|STL)\b") == 0, "local memory"
+        # What follows the release of registers belongs to the loading warp, which kept 24.
+        start = next(i for i, line in enumerate(code) if "USETMAXREG.DEALLOC" in line)
+        assert "0x18" in code[start]
+        assert max(int(r) for line in code[start:] for r in re.findall(r"\bR(\d+)\b", line)) < 24
+
+
+@needs_nvcc
+@pytest.mark.timeout(600)
+def test_the_extension_names_what_it_does_not_take(built: Path) -> None:
+    module = load(built)
+    call = {
+        **dict.fromkeys(("x", "weight", "bias", "out"), 1024), "residual": 0, "device": 0, "stream": 0,
+        **dict.fromkeys(("in_channels", "out_channels"), 96),
+        **dict.fromkeys(("frames", "height", "width", "kernel_t", "spatial"), 3),
+    }  # fmt: skip
+    for change, message in (
+        ({"in_channels": 100}, "100 input channels are no multiple of 32"),
+        ({"out_channels": 100}, "100 output channels are no multiple of 96"),
+        ({"frames": 2}, "2 frames are fewer than the kernel's 3"),
+        ({"spatial": 2}, "the kernel is 2 pixels wide"),
+        ({"width": 0}, "width is 0"),
+        ({"width": 1 << 20}, "a row of the output is too long"),
+        ({"out": 0}, "out is null"),
+        ({"residual": 8}, "residual is not aligned to 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.slice_conv(**{**call, **change})
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"cudaSetDevice\(call.device\) returned \d+ \(cudaError"):
+            module.slice_conv(**call)
+
+
+@pytest.mark.skipif(CXX is None, reason="no C++ compiler: the model of the kernel is not run")
+def test_the_model_of_the_hardware_gives_the_plain_sum(tmp_path: Path) -> None:
+    """TMA boxes with zero fill, swizzle, descriptors, fragments, the epilogue's exchange, the pipeline."""
+    source, program = ROOT / "csrc" / "tests" / "slice_conv_model.cpp", tmp_path / "model"
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([str(CXX), *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("stages of") == len(VARIANTS)
+
+
+def test_device_code_knows_nothing_of_torch_and_one_file_of_python() -> None:
+    sources = {p.relative_to(ROOT / "csrc").as_posix(): p.read_text() for p in (ROOT / "csrc").rglob("*.*")}
+    assert len(sources) >= 7
+    for name, text in sources.items():
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), name
+        assert name == "bindings.cpp" or "pybind11" not in text, name
+        assert text.count("\n") < 400, name
+
+
+# --- the op ----------------------------------------------------------------------------------------
+
+
+def test_the_absence_of_the_extension_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> ModuleType:
+        raise ModuleNotFoundError(name)
+
+    def broken(name: str) -> ModuleType:
+        raise ImportError("undefined symbol: x")
+
+    hopper = Situation("cuda", torch.bfloat16, capability=(9, 0))
+    for load_module, nvcc, message in (
+        (absent, None, "not built: nvcc is not on PATH"),
+        (absent, "/bin/nvcc", "not built (pip install --no-build-isolation"),
+        (broken, None, "does not load: undefined symbol: x"),
+    ):
+        op.extension.cache_clear()
+        monkeypatch.setattr(op.importlib, "import_module", load_module)
+        monkeypatch.setattr(op.shutil, "which", lambda tool, nvcc=nvcc: nvcc)
+        assert message in op.extension()
+        assert message in str(op._cuda(hopper))
+    op.extension.cache_clear()
+
+
+def test_the_cuda_backend_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "extension", lambda: ModuleType("flashtalk_rt._C"))
+    bf16 = torch.bfloat16
+    assert op._cuda(Situation("cuda", bf16, capability=(9, 0))) is None
+    assert op._cuda(Situation("cpu", bf16)) == "needs a CUDA device, this is cpu"
+    assert op._cuda(Situation("cuda", bf16, capability=(10, 0))) == "needs sm_90, this is (10, 0)"
+    assert "needs bfloat16" in str(op._cuda(Situation("cuda", torch.float32, capability=(9, 0))))
+    assert op._cuda(Situation("cuda", bf16, grad=True, capability=(9, 0))) == "has no gradient"
+
+
+def tensors(
+    size: tuple[int, int, int], channels: tuple[int, int], kernel: tuple[int, int], device: str = "cpu"
+) -> dict[str, Tensor]:
+    make = op._case(size, channels, kernel, residual=True).make
+    inputs: dict[str, Tensor] = make(
+        torch.device(device), torch.float32, torch.Generator(device).manual_seed(0)
+    )
+    return inputs
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_torch_and_the_explicit_form_agree_with_conv3d(kernel: tuple[int, int]) -> None:
+    inputs = tensors((2, 5, 7), (6, 4), kernel)
+    x, weight = inputs["x"].permute(3, 0, 1, 2)[None], inputs["weight"].permute(0, 4, 1, 2, 3)
+    side = kernel[1] // 2
+    plain = F.conv3d(x.double(), weight.double(), inputs["bias"].double(), padding=(0, side, side))
+    expected = plain[0].permute(1, 2, 3, 0).float() + inputs["residual"]
+    for form in (op.slice_conv, op._explicit):
+        torch.testing.assert_close(form(**inputs), expected, rtol=1e-4, atol=1e-5)
+    without = op.slice_conv(inputs["x"], inputs["weight"], inputs["bias"])
+    torch.testing.assert_close(without + inputs["residual"], expected, rtol=1e-4, atol=1e-5)
+    assert without.is_contiguous()
+
+
+def test_torch_serves_until_a_shape_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = tensors((1, 4, 5), (32, 96), (1, 1))
+    served = []
+
+    def kernel(x: Tensor, *others: Tensor) -> Tensor:
+        served.append(x.shape)
+        return x
+
+    monkeypatch.setattr(op, "_kernel", kernel)
+    monkeypatch.setattr(op, "_cuda", lambda situation: None)
+    monkeypatch.setattr(op, "backend_for", lambda *_, wanted, **__: wanted or "torch")
+    op.slice_conv(**inputs)
+    assert served == []
+    monkeypatch.setattr(op, "MEASURED_FASTER", frozenset({(32, 96, 1, 1, 4, 5)}))
+    op.slice_conv(**inputs)
+    assert len(served) == 1
+    op.slice_conv(**tensors((1, 5, 4), (32, 96), (1, 1)))  # another shape
+    op.slice_conv(**inputs, backend="torch")
+    assert len(served) == 1
+    for channels in ((33, 96), (32, 95)):
+        with pytest.raises(InputError, match="it needs multiples of 32 and 96"):
+            op.slice_conv(**tensors((1, 4, 5), channels, (1, 1)), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4, 5, 7)}, "are not"),
+        ({"x": torch.zeros(2, 4, 5, 6)}, "no longer than the 2 frames"),
+        ({"weight": torch.zeros(4, 3, 2, 2, 6)}, "the kernel is 3 x 2 x 2"),
+        ({"bias": torch.zeros(5)}, r"bias is \[5\], not \[4\]"),
+        ({"residual": torch.zeros(3, 4, 5, 4)}, r"residual is \[3, 4, 5, 4\], not \[1, 4, 5, 4\]"),
+        ({"bias": torch.zeros(4, dtype=torch.bfloat16)}, "bias is torch.bfloat16"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: dict[str, Tensor], message: str) -> None:
+    inputs = tensors((1, 4, 5), (6, 4), (3, 3))
+    with pytest.raises(InputError, match=message):
+        op.slice_conv(**{**inputs, **change})
+
+
+# --- on a GPU --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def extension(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """This checkout's extension where it can be built, else the installed one; empty memory is NaN."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels are sm_90's")
+    module = load(request.getfixturevalue("built")) if NVCC else op.extension()
+    if isinstance(module, str):
+        pytest.skip(module)
+    monkeypatch.setattr(op, "extension", lambda: module)
+    backend_for.cache_clear()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield module
+    torch.use_deterministic_algorithms(False)
+    backend_for.cache_clear()
+
+
+# Those that csrc/tests/slice_conv_model.cpp finds to run every tile, and odd ones.
+SIZES = [
+    ((1, 250, 250), (96, 96)),
+    ((1, 125, 250), (96, 192)),
+    ((1, 65, 17), (96, 96)),
+    ((1, 65, 17), (96, 192)),
+    ((2, 5, 9), (384, 192)),
+    ((3, 33, 8), (192, 384)),
+    ((1, 1, 1), (32, 288)),
+    ((2, 40, 56), (192, 768)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["bias", "residual"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("size", "channels"), SIZES)
+def test_the_kernel_errs_at_most_twice_as_much_as_eager(
+    extension: ModuleType,
+    size: tuple[int, int, int],
+    channels: tuple[int, int],
+    kernel: tuple[int, int],
+    with_residual: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    inputs: dict[str, Any] = {k: v.bfloat16() for k, v in tensors(size, channels, kernel, "cuda").items()}
+    if not with_residual:
+        inputs["residual"] = None
+    exact = op._explicit(**{k: None if v is None else v.float() for k, v in inputs.items()})
+    eager = (op._through_torch(**inputs).float() - exact).abs().max().item()
+    out = op.slice_conv(**inputs, backend="cuda")
+    assert out.dtype == torch.bfloat16 and out.is_contiguous() and bool(out.isfinite().all())
+    assert (out.float() - exact).abs().max().item() <= 2 * eager + 1e-5
+    assert torch.equal(out, op.slice_conv(**inputs, backend="cuda")), "the same call gives the same bits"
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernel_writes_its_output_and_nothing_else(
+    extension: ModuleType, kernel: tuple[int, int]
+) -> None:
+    inputs = {k: v.bfloat16() for k, v in tensors((2, 37, 21), (64, 96), kernel, "cuda").items()}
+    expected = op.slice_conv(**inputs, backend="cuda")
+    around = torch.full((3, *expected.shape), 7.0, dtype=torch.bfloat16, device="cuda")
+    frames, height, width, in_channels = inputs["x"].shape
+    extension.slice_conv(
+        **{name: tensor.data_ptr() for name, tensor in inputs.items()}, out=around[1].data_ptr(),
+        frames=frames, height=height, width=width, in_channels=in_channels, out_channels=96,
+        kernel_t=kernel[0], spatial=kernel[1], device=torch.cuda.current_device(),
+        stream=torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+    assert torch.equal(around[1], expected)
+    assert bool((around[::2] == 7).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_the_kernel_is_a_torch_op_and_replays_in_a_graph(extension: ModuleType) -> None:
+    inputs = {k: v.bfloat16() for k, v in tensors((2, 9, 10), (32, 96), (3, 3), "cuda").items()}
+    torch.library.opcheck(
+        op._kernel._opoverload, tuple(inputs.values()), test_utils=("test_schema", "test_faketensor")
+    )
+    expected = op.slice_conv(**inputs, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op.slice_conv(**inputs, backend="cuda")
+    for _ in range(2):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
+    with pytest.raises(InputError, match="has no gradient"):
+        op.slice_conv(**{**inputs, "weight": inputs["weight"].requires_grad_()}, backend="cuda")
+
+
+CHECKED = """
+import importlib, importlib.util, sys
+import torch
+op = importlib.import_module("flashtalk_rt.ops.slice_conv")
+spec = importlib.util.spec_from_file_location("flashtalk_rt._C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+op.extension = lambda: module
+for case in op.SPEC.cases:
+    inputs = case.make(torch.device("cuda"), torch.bfloat16, torch.Generator("cuda").manual_seed(0))
+    assert op.slice_conv(**inputs, backend="cuda").isfinite().all(), case.name
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
+def test_compute_sanitizer_finds_nothing(extension: ModuleType, tool: str) -> None:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", CHECKED]
+    done = subprocess.run([*command, str(extension.__file__)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
