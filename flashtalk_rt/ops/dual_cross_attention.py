@@ -1,0 +1,131 @@
+"""Cross-attention to text and image in one pass over the queries, and the text's collapsed padding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._autograd import differentiate_through
+from ._dispatch import TORCH, TRITON, Backend, Case, OpSpec, Situation, backend_for
+
+
+def _triton(situation: Situation) -> str | None:
+    reason = TRITON.supports(situation)
+    if reason is None and situation.head_dim not in (16, 32, 64, 128):
+        return f"needs a head dimension of 16, 32, 64 or 128, this is {situation.head_dim}"
+    return reason
+
+
+TRITON_HEADS = Backend("triton", _triton)
+"""Kernels of `triton_kernels` that attend."""
+
+
+@torch.library.custom_op("flashtalk_rt::dual_cross_attention", mutates_args=())
+def _kernel(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, text_bias: Tensor | None
+) -> Tensor:
+    from ..triton_kernels import cross_attention
+
+    return cross_attention.dual_cross_attention(q, text_k, text_v, image_k, image_v, text_bias)
+
+
+@_kernel.register_fake
+def _(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, text_bias: Tensor | None
+) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _plain(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, text_bias: Tensor | None
+) -> tuple[Tensor]:
+    return (reference.dual_cross_attention(q, text_k, text_v, image_k, image_v, text_bias),)
+
+
+differentiate_through(_kernel, _plain)
+
+
+def dual_cross_attention(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    *,
+    text_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One query against two separate softmaxes, text's and image's, summed (WAN2.1 image-to-video).
+
+    q [B, L, H, D]; text_k, text_v [B, T, H, D]; image_k, image_v [B, I, H, D]; one dtype.
+    text_bias [T] or [B, T] float32 is added to the scaled text scores q . k * D^-0.5: log(m) makes a key
+    count m times (`padding_bias`); -inf hides a key, and the kernel skips tiles of hidden keys, so the
+    text may lie in a buffer of fixed length with a finite rest.  At least one text key must be left.
+    Returns [B, L, H, D] in q's dtype.  ValueError where the shapes do not belong together.
+    """
+    batch, _, heads, dim = q.shape
+    for name, k, v in (("text", text_k, text_v), ("image", image_k, image_v)):
+        if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or k.shape[1] == 0:
+            raise ValueError(f"{name} keys {[*k.shape]} and values {[*v.shape]} do not fit q {[*q.shape]}")
+    text = text_k.shape[1]
+    if text_bias is not None and text_bias.shape not in ((text,), (batch, text)):
+        raise ValueError(f"text_bias {[*text_bias.shape]} is neither [{text}] nor [{batch}, {text}]")
+    if backend_for(SPEC, q.device, q.dtype, dim, wanted=backend) == "triton":
+        tensors = (x.contiguous() for x in (q, text_k, text_v, image_k, image_v))
+        out: Tensor = _kernel(*tensors, None if text_bias is None else text_bias.contiguous())
+        return out
+    return reference.dual_cross_attention(q, text_k, text_v, image_k, image_v, text_bias)
+
+
+def padding_bias(real: int, length: int, device: torch.device) -> Tensor:
+    """The `text_bias` [length] float32 of a prompt of `real` tokens, padded to `length` without a mask.
+
+    The padded tokens all have the same key and value, so the first of them counts for all, by
+    log(length - real), and the others are hidden; the real tokens keep 0.  Exact: m equal keys add
+    m e^s = e^(s + log m) to a softmax (performance.md, item 1).  ValueError unless 0 <= real <= length.
+    """
+    if not 0 <= real <= length:
+        raise ValueError(f"{real} real tokens of {length}")
+    bias = torch.zeros(length, device=device)
+    if real < length:
+        bias[real:] = float("-inf")
+        bias[real] = math.log(length - real)
+    return bias
+
+
+def _case(
+    batch: int, length: int, heads: int, dim: int, text: int, image: int, bias: tuple[int, ...] | None
+) -> Case:
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:
+        def normal(tokens: int) -> Tensor:
+            return torch.randn((batch, tokens, heads, dim), generator=generator, device=device).to(dtype)
+
+        return {
+            "q": normal(length),
+            "text_k": normal(text),
+            "text_v": normal(text),
+            "image_k": normal(image),
+            "image_v": normal(image),
+            "text_bias": None if bias is None else torch.randn(bias, generator=generator, device=device),
+        }
+
+    return Case(f"{batch}x{length}x{heads}x{dim} text {text} image {image} bias {bias}", make)
+
+
+SPEC = OpSpec(
+    "dual_cross_attention",
+    (TRITON_HEADS, TORCH),
+    function=dual_cross_attention,
+    reference=reference.dual_cross_attention,
+    cases=(
+        _case(2, 5, 3, 16, 1, 1, bias=None),
+        _case(2, 133, 1, 16, 33, 65, bias=(2, 33)),
+        _case(1, 7, 2, 64, 7, 5, bias=(7,)),
+        _case(1, 3, 1, 128, 7, 67, bias=(7,)),
+    ),
+    workload=_case(1, 12096, 40, 128, 21, 257, bias=(21,)),
+    gradients=("q", "text_k", "text_v", "image_k", "image_v", "text_bias"),
+)
