@@ -13,6 +13,7 @@ from skimage.color import lab2rgb, rgb2lab
 from torch import Tensor
 
 from flashtalk_rt import ops
+from flashtalk_rt.errors import InputError
 from flashtalk_rt.ops import reference
 from flashtalk_rt.ops._dispatch import OpSpec, Situation
 
@@ -104,11 +105,6 @@ def test_dual_cross_attention_sums_two_softmaxes() -> None:
 # --- every backend of every op ---------------------------------------------------------------------
 
 
-def run_chunk_attention(device: str, dtype: torch.dtype) -> list[Tensor]:
-    tensors = [x.to(device) for x in qkv(21, dtype)]
-    return [ops.chunk_attention(*tensors, chunk) for chunk in (None, 5, 7)]
-
-
 def run_conv3d(device: str, dtype: torch.dtype) -> list[Tensor]:
     outputs = []
     for kernel, stride, padding in (
@@ -128,10 +124,7 @@ def run_conv3d(device: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 # An op of several backends without an entry here fails: they would go uncompared.
-CASES: dict[str, tuple[Callable[[str, torch.dtype], list[Tensor]], int | None]] = {
-    "chunk_attention": (run_chunk_attention, 16),  # with its head dimension
-    "conv3d": (run_conv3d, None),
-}
+CASES: dict[str, Callable[[str, torch.dtype], list[Tensor]]] = {"conv3d": run_conv3d}
 # The others list their cases, and test_op_parity.py compares them.
 SEVERAL = [spec for spec in ops.REGISTRY if len(spec.backends) > 1 and not spec.cases]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -150,8 +143,8 @@ def test_the_backends_agree(
     spec: OpSpec, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    case, head_dim = CASES[spec.name]
-    situation = Situation.of(torch.device(device), dtype, head_dim)
+    case = CASES[spec.name]
+    situation = Situation.of(torch.device(device), dtype)
     serving = [backend.name for backend in spec.backends if backend.supports(situation) is None]
     module = importlib.import_module(f"flashtalk_rt.ops.{spec.name}")
     results = {}
@@ -257,6 +250,20 @@ def test_qk_norm_rope(dtype: torch.dtype) -> None:
     assert out.dtype == dtype and out.shape == expected.shape
     rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-8, 1e-5)
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=rtol, atol=atol)
+    unturned = ops.qk_norm_rope(x, weight, None, heads, eps).double().numpy()
+    np.testing.assert_allclose(unturned, normed.reshape(unturned.shape), rtol=rtol, atol=atol)
+
+
+def test_qk_norm_rope_names_what_does_not_fit() -> None:
+    x, weight = normal(2, 5, 24), normal(24)
+    table = ops.rope_table((1, 1, 4), 8, torch.device("cpu"))
+    for arguments, message in (
+        ((weight, None, 5), "24 channels, 5 heads"),
+        ((weight[:8], None, 3), r"weight \(8,\)"),
+        ((weight, table, 3), r"the table \(4, 4, 2\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ops.qk_norm_rope(x, *arguments, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

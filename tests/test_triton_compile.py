@@ -29,7 +29,10 @@ shared = {}
 for s in module.KERNELS:
     signature = {name: s.signature.get(name, "constexpr") for name in s.kernel.arg_names}
     options = {"num_warps": s.num_warps, "num_stages": s.num_stages}
-    source = ASTSource(s.kernel, signature=signature, constexprs=dict(s.constants))
+    # As torch's tensors are: aligned, and so are the strides of wide rows.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
+               if kind.startswith("*") or "stride" in name and kind != "constexpr"}
+    source = ASTSource(s.kernel, signature=signature, constexprs=dict(s.constants), attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shared.setdefault(s.kernel.fn.__name__, []).append([compiled.metadata.shared, len(compiled.asm["cubin"])])
 json.dump({"defined": sorted(defined), "compiled": shared, "helpers": sorted(getattr(module, "HELPERS", ()))},

@@ -23,22 +23,29 @@ class Situation:
     grad: bool = False  # the result must be differentiable
     capability: tuple[int, int] | None = None  # the CUDA device's, (9, 0) for sm_90
     cudnn_version: int | None = None  # as torch reports it, 91002 for 9.10.2; None without cuDNN
+    key_mask: bool = False  # attention's keys have a bias, or a length that only the device knows
 
     @classmethod
     def of(
-        cls, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, grad: bool = False
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int | None = None,
+        grad: bool = False,
+        key_mask: bool = False,
     ) -> Situation:
         """The situation of calls on `device`, as this machine and this torch are."""
         if device.type != "cuda":
-            return cls(device.type, dtype, head_dim, grad)
+            return cls(device.type, dtype, head_dim, grad, key_mask=key_mask)
         version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
         capability = torch.cuda.get_device_capability(device)
-        return cls(device.type, dtype, head_dim, grad, capability, version)
+        return cls(device.type, dtype, head_dim, grad, capability, version, key_mask)
 
     def __str__(self) -> str:
         architecture = "" if self.capability is None else " sm_{}{}".format(*self.capability)
         head = "" if self.head_dim is None else f" D={self.head_dim}"
-        return f"{self.device_type}{architecture} {str(self.dtype).removeprefix('torch.')}{head}"
+        mask = " masked keys" if self.key_mask else ""
+        return f"{self.device_type}{architecture} {str(self.dtype).removeprefix('torch.')}{head}{mask}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +132,7 @@ def choose(op: OpSpec, situation: Situation) -> Choice:
     raise InputError(f"{op.name}: no backend serves {situation} ({reasons})")
 
 
-@functools.lru_cache(maxsize=1024)
+@torch.compiler.assume_constant_result
 def backend_for(
     op: OpSpec,
     device: torch.device,
@@ -133,24 +140,38 @@ def backend_for(
     head_dim: int | None = None,
     grad: bool = False,
     wanted: str | None = None,
+    key_mask: bool = False,
 ) -> str:
-    """The name of the backend that serves calls in this situation; asked once.
+    """The name of the backend that serves calls in this situation; asked once, a constant to torch.compile.
 
     `wanted`: the caller's own choice, obeyed or refused with InputError, never replaced.
     """
-    situation = Situation.of(device, dtype, head_dim, grad)
+    return _backend_for(op, device, dtype, head_dim, grad, wanted, key_mask)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backend_for(
+    op: OpSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    grad: bool,
+    wanted: str | None,
+    key_mask: bool,
+) -> str:
+    situation = Situation.of(device, dtype, head_dim, grad, key_mask)
     if wanted is None:
         return choose(op, situation).backend
     for backend in op.backends:
         if backend.name == wanted:
             reason = backend.supports(situation)
-            if reason is not None and not (wanted == "triton" and _interpreted(situation)):
+            if reason is not None and not (wanted == "triton" and interpreted(situation)):
                 raise InputError(f"{op.name}: backend {wanted} cannot serve {situation}: {reason}")
             return wanted
     raise InputError(f"{op.name}: no backend {wanted!r}; use one of {[b.name for b in op.backends]}")
 
 
-def _interpreted(situation: Situation) -> bool:
+def interpreted(situation: Situation) -> bool:
     """Whether Triton's kernels run on the CPU, in its interpreter (tests, TRITON_INTERPRET=1)."""
     if situation.device_type != "cpu" or importlib.util.find_spec("triton") is None:
         return False

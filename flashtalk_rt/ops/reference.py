@@ -68,13 +68,16 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
 
-def qk_norm_rope(x: Tensor, weight: Tensor, table: Tensor, num_heads: int, eps: float) -> Tensor:
+def qk_norm_rope(x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int, eps: float) -> Tensor:
     """RMSNorm over the full width, head split and interleaved-pair rotation of a query or key.
 
-    x [B, L, H*D], weight [H*D], table [L, D/2, 2] float32 from `rope_table` -> [B, L, H, D].
+    x [B, L, H*D], weight [H*D], table [L, D/2, 2] float32 from `rope_table` or None for no rotation
+    -> [B, L, H, D].
     """
     batch, length, width = x.shape
     normed = F.rms_norm(x.float(), (width,), weight.float(), eps)
+    if table is None:
+        return normed.view(batch, length, num_heads, -1).to(x.dtype)
     pairs = normed.view(batch, length, num_heads, -1, 2)
     real, imag = pairs.unbind(-1)
     cos, sin = table[:, None, :, 0], table[:, None, :, 1]
@@ -88,25 +91,65 @@ def chunk_mask(length: int, chunk_tokens: int, device: torch.device) -> Tensor:
     return chunk[:, None] >= chunk[None, :]
 
 
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, chunk_tokens: int | None = None) -> Tensor:
-    """The explicit float32 form of `ops.chunk_attention`; q, k, v and the result [B, L, H, D]."""
+def key_mask(
+    k: Tensor, key_length: int | Tensor | None = None, key_bias: Tensor | None = None
+) -> Tensor | None:
+    """What a length and a bias add to the scores of keys k [B, M, H, D]: float32 [1 or B, M] or None.
+
+    Arguments as in `ops.chunk_attention`; -inf hides the keys past the length.
+    """
+    if key_length is None:
+        return None if key_bias is None else key_bias.view(-1, k.shape[1])
+    mask = k.new_zeros(k.shape[1], dtype=torch.float32) if key_bias is None else key_bias
+    ends = torch.as_tensor(key_length, device=k.device).view(-1, 1)
+    return mask.masked_fill(torch.arange(k.shape[1], device=k.device) >= ends, float("-inf"))
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_tokens: int | None = None,
+    *,
+    key_length: int | Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """The explicit form of `ops.chunk_attention`, with its arguments, in float32."""
     scores = torch.einsum("blhd,bmhd->bhlm", q.float(), k.float()) * q.shape[-1] ** -0.5
+    mask = key_mask(k, key_length, key_bias)
+    if mask is not None:
+        scores = scores + mask[:, None, None]
     if chunk_tokens is not None:
         scores = scores.masked_fill(~chunk_mask(q.shape[1], chunk_tokens, q.device), float("-inf"))
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.float()).to(q.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Unmasked attention through torch: q [B, L, H, D], k and v [B, M, H, D] -> [B, L, H, D]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Unmasked attention through torch: q [B, L, H, D], k and v [B, M, H, D] -> [B, L, H, D].
+
+    bias [M] or [B, M] float32 is added to the scaled scores of every query and head.
+    """
+    dtype = q.dtype
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    # log(512 - n) in bfloat16 is off by up to 0.016, which would be 1.6% of that key's weight.
+    wide = torch.promote_types(dtype, torch.float32)
+    mask = bias.reshape(-1, 1, 1, bias.shape[-1]).to(wide)
+    out = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask)
+    return out.transpose(1, 2).to(dtype)
 
 
 def dual_cross_attention(
-    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    text_bias: Tensor | None = None,
 ) -> Tensor:
-    """One query against two separate softmaxes, summed: q [B, L, H, D], keys [B, *, H, D]."""
-    return attend(q, text_k, text_v) + attend(q, image_k, image_v)
+    """One query against two separate softmaxes, summed; shapes as in `ops.dual_cross_attention`."""
+    return attend(q, text_k, text_v, text_bias) + attend(q, image_k, image_v)
 
 
 def audio_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
