@@ -360,3 +360,31 @@ def test_compute_sanitizer_finds_nothing(extension: ModuleType, tool: str) -> No
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", CHECKED]
     done = subprocess.run([*command, str(extension.__file__)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.gpu
+def test_the_vae_takes_the_kernel_where_it_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every convolution of one size listed, decoding gives the same to bfloat16's rounding."""
+    from flashtalk_rt.config import VAEConfig
+    from flashtalk_rt.modules.vae import VAE
+
+    module = importlib.import_module("flashtalk_rt.ops.slice_conv")
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(num_res_blocks=1)).cuda().bfloat16().eval().requires_grad_(False)
+    vae.prepare()
+    latent = torch.randn(1, 16, 2, 6, 4, device="cuda")
+    with torch.no_grad():
+        through_cudnn = vae.decode(latent).float()
+        calls: list[torch.Size] = []
+        kernel = module._kernel
+
+        def counted(x: torch.Tensor, *rest: object) -> torch.Tensor:
+            calls.append(x.shape)
+            out: torch.Tensor = kernel(x, *rest)
+            return out
+
+        monkeypatch.setattr(module, "_kernel", counted)
+        monkeypatch.setattr(module, "MEASURED_FASTER", frozenset({(96, 96, 3, 3, 48, 32)}))
+        through_ours = vae.decode(latent).float()
+    assert calls
+    assert (through_ours - through_cudnn).norm() / through_cudnn.norm() < 2e-2

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from .. import ops
 
 
+@dataclasses.dataclass(frozen=True)
 class ColorReference:
-    """The Lab statistics of one reference image."""
+    """The Lab statistics of one reference image, and how far frames are moved towards them."""
 
-    def __init__(self, image: Tensor, strength: float) -> None:
-        """image [1, 3, 1, H, W] in [-1, 1]; strength in [0, 1], 0 leaves frames alone."""
-        self._strength = strength
-        self._mean, self._std = ops.lab_statistics(image)
+    mean: Tensor  # [1, 1, 3, 1, 1] float32
+    std: Tensor
+    strength: float  # in [0, 1]; 0 leaves frames alone
+
+    @classmethod
+    def of(cls, image: Tensor, strength: float) -> ColorReference:
+        """image [1, 3, 1, H, W] in [-1, 1]."""
+        return cls(*ops.lab_statistics(image), strength)
 
     def match(self, frames: Tensor) -> Tensor:
         """frames [1, 3, T, H, W] in [-1, 1] -> the same, matched."""
-        return ops.color_match(frames, self._mean, self._std, self._strength)
+        return ops.color_match(frames, self.mean, self.std, self.strength)

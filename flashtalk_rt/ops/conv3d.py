@@ -29,11 +29,11 @@ SPEC = OpSpec("conv3d", (Backend("onednn", _onednn), TORCH))
 def conv3d(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     stride: tuple[int, int, int] = (1, 1, 1),
     padding: tuple[int, int, int] = (0, 0, 0),
 ) -> Tensor:
-    """x [B, C, T, H, W], weight [O, C, kt, kh, kw], bias [O] -> [B, O, T', H', W'], x's dtype.
+    """x [B, C, T, H, W], weight [O, C, kt, kh, kw], bias [O] or None -> [B, O, T', H', W'], x's dtype.
 
     oneDNN and cuDNN give a channels-last result for channels-last inputs and weights.
     """

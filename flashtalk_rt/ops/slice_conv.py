@@ -19,6 +19,7 @@ IN_MULTIPLE, OUT_MULTIPLE = 32, 96  # of channels: what the CUDA kernel takes
 
 # (in channels, out channels, kernel frames, kernel side, height, width) that the CUDA kernel was measured
 # to serve faster than cuDNN.  Nothing was measured yet, so cuDNN serves all; `backend="cuda"` asks for it.
+# `modules.vae_layers` takes the kernel for the sizes listed here (`slice_conv_wins`).
 MEASURED_FASTER: frozenset[tuple[int, int, int, int, int, int]] = frozenset()
 
 
@@ -47,6 +48,18 @@ def _cuda(situation: Situation) -> str | None:
         return "has no gradient"
     found = extension()
     return found if isinstance(found, str) else None
+
+
+def slice_conv_wins(x: Tensor, weight: Tensor) -> bool:
+    """Whether the CUDA kernel was measured to be the faster one for this call, and can serve it.
+
+    x [1, C, T, H, W] and weight [O, C, kt, k, k], as `conv3d` takes them.
+    """
+    size = (weight.shape[1], weight.shape[0], weight.shape[2], weight.shape[4], *x.shape[3:])
+    if x.shape[0] != 1 or size not in MEASURED_FASTER:
+        return False
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _cuda(Situation.of(x.device, x.dtype, grad=grad)) is None
 
 
 @torch.library.custom_op("flashtalk_rt::slice_conv", mutates_args=(), device_types="cuda")
@@ -99,11 +112,11 @@ def slice_conv(
     multiple of 96, or a machine that cannot (the reason is in the text).
     """
     _check(x, weight, bias, residual)
-    out_channels, kernel_t, spatial, _, in_channels = weight.shape
+    out_channels, in_channels = weight.shape[0], weight.shape[4]
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if backend is None and (in_channels, out_channels, kernel_t, spatial, *x.shape[1:3]) in MEASURED_FASTER:
-        backend = "torch" if _cuda(Situation.of(x.device, x.dtype, grad=grad)) else "cuda"
+    if backend is None and slice_conv_wins(x.permute(3, 0, 1, 2)[None], weight.permute(0, 4, 1, 2, 3)):
+        backend = "cuda"
     if backend_for(SPEC, x.device, x.dtype, grad=grad, wanted=backend) == "cuda":
         if in_channels % IN_MULTIPLE or out_channels % OUT_MULTIPLE:
             raise InputError(

@@ -1,0 +1,142 @@
+"""What lies between two of the VAE's causal convolutions, in one pass: sum, RMSNorm, SiLU, cache.
+
+The result is the next convolution's whole input: two frames of past, then the normalised frames, NDHWC.
+Height and width are not padded: cuDNN and the TMA loads of `csrc` supply zeros beyond the edges at no cost,
+where padded rows would have to be written and read.
+
+Bytes: in frames of H x W x C, T of them a call.  Passes of their own read and write 2 T (bias), 2 T (norm),
+2 T (SiLU) and 2 (T + 2) (cache) for each convolution, and 3 T for a block's shortcut: 19 T + 8 a block of
+two convolutions.  Here it is 2 T + 4 between them (x and past read, out written) and 4 T + 4 at the block's
+start (the shortcut read and the sum written too): 6 T + 8, at T = 4 32 instead of 84.  Counted over a decode
+of 33 frames at 768 x 448 in bf16, one latent frame at a time, convolutions and attention left out:
+
+    apart: 268 GB = norm 47, SiLU 47, cache 77 (+ 2 of zeros), bias 52, shortcut 33, nearest upsampling 9
+    fused: 107 GB = norm_silu 82, vae_head 9, interleave 7, add_residual 4, the rest 5
+
+At the H100's 3.0 TB/s that is 89 and 36 ms.  Of the 82 GB, 25 carry past frames, which decoding several
+latent frames a call would save.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference_vae as reference
+from ._autograd import differentiate_through
+from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
+
+
+@torch.library.custom_op("flashtalk_rt::norm_silu", mutates_args=())
+def _kernel(
+    x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from ..triton_kernels import vae
+
+    return vae.norm_silu(x, bias, shortcut, gamma, past, reference.EPS)
+
+
+@_kernel.register_fake
+def _(
+    x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    ndhwc = torch.channels_last_3d
+    total = x.new_empty(0) if shortcut is None else torch.empty_like(x, memory_format=ndhwc)
+    shape = (*x.shape[:2], x.shape[2] + 2, *x.shape[3:])
+    return total, torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=ndhwc)
+
+
+def _plain(
+    x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if shortcut is None:
+        return x.new_empty(0), reference.norm_silu(x, gamma, past, bias)
+    return reference.add_norm_silu(x, bias, shortcut, gamma, past)
+
+
+differentiate_through(_kernel, _plain)
+
+
+def norm_silu(
+    x: Tensor, gamma: Tensor, past: Tensor | None, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """[past, silu(n)] along time, n = y / |y| * sqrt(C) * gamma over the channels of y = x + bias.
+
+    x [B, C, T, H, W], T >= 1; gamma and bias [C]; past [B, C, 2, H, W] in x's dtype, None for zeros (the
+    start of a video).  NDHWC x and past are read where they lie.  Returns [B, C, 2 + T, H, W] in x's dtype,
+    NDHWC on Triton.
+
+    Its last two frames are the next call's past: slice them, no copy is needed.  The slice keeps all 2 + T
+    frames alive; copy it where that matters (a static buffer of a CUDA graph is such a copy, and must be one,
+    since the graph's own result is overwritten by its next replay).
+    """
+    if backend_for(NORM_SILU, x.device, x.dtype, wanted=backend) == "triton":
+        return _kernel(x, bias, None, gamma, past)[1]  # type: ignore[no-any-return]
+    return reference.norm_silu(x, gamma, past, bias)
+
+
+def add_norm_silu(
+    x: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor,
+    gamma: Tensor,
+    past: Tensor | None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum s = x + bias + shortcut, and `norm_silu` of it; shapes as there, shortcut and s like x."""
+    if backend_for(ADD_NORM_SILU, x.device, x.dtype, wanted=backend) == "triton":
+        return _kernel(x, bias, shortcut, gamma, past)  # type: ignore[no-any-return]
+    return reference.add_norm_silu(x, bias, shortcut, gamma, past)
+
+
+def _case(
+    batch: int, channels: int, frames: int, height: int, width: int, *, past: bool, bias: bool, shortcut: bool
+) -> Case:
+    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:
+        def video(frames: int, skipped: int = 0) -> Tensor:
+            # Frames after the first `skipped` of a longer video: what a slice of an earlier result is.
+            shape = (batch, skipped + frames, height, width, channels)
+            drawn = torch.randn(shape, generator=generator, device=device).to(dtype)
+            return drawn.permute(0, 4, 1, 2, 3)[:, :, skipped:]
+
+        def vector() -> Tensor:
+            return torch.randn(channels, generator=generator, device=device).to(dtype)
+
+        made: dict[str, object] = {
+            "x": video(frames),
+            "gamma": 1 + 0.2 * vector(),
+            "past": video(2, 3) if past else None,
+            "bias": vector() if bias else None,
+        }
+        return {**made, "shortcut": video(frames)} if shortcut else made
+
+    parts = [name for name, on in (("past", past), ("bias", bias), ("shortcut", shortcut)) if on]
+    return Case(f"{batch}x{channels}x{frames}x{height}x{width} {' '.join(parts)}".strip(), make)
+
+
+NORM_SILU = OpSpec(
+    "norm_silu",
+    (TRITON, TORCH),
+    function=norm_silu,
+    reference=reference.norm_silu,
+    cases=(
+        _case(2, 12, 4, 5, 7, past=True, bias=True, shortcut=False),
+        _case(1, 96, 1, 7, 5, past=True, bias=False, shortcut=False),
+        _case(1, 7, 1, 3, 3, past=False, bias=True, shortcut=False),
+    ),
+    workload=_case(1, 96, 4, 768, 448, past=True, bias=True, shortcut=False),
+    gradients=("x", "gamma", "past", "bias"),
+)
+ADD_NORM_SILU = OpSpec(
+    "add_norm_silu",
+    (TRITON, TORCH),
+    function=add_norm_silu,
+    reference=reference.add_norm_silu,
+    cases=(
+        _case(2, 12, 4, 5, 7, past=True, bias=True, shortcut=True),
+        _case(2, 96, 1, 5, 3, past=False, bias=False, shortcut=True),
+    ),
+    workload=_case(1, 96, 4, 768, 448, past=True, bias=True, shortcut=True),
+    gradients=("x", "bias", "shortcut", "gamma", "past"),
+)

@@ -1,0 +1,95 @@
+"""Colour matching's kernels where float32 is hardest, against scikit-image and float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from skimage.color import rgb2lab
+from torch import Tensor
+
+from flashtalk_rt import ops
+from flashtalk_rt.ops import reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["triton", "torch"]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_statistics(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 mean and population deviation of scikit-image's Lab: two [B, T, 3, 1, 1]."""
+    rgb = (frames.double().cpu().permute(0, 2, 3, 4, 1) + 1) / 2
+    lab = torch.from_numpy(np.asarray(rgb2lab(rgb.numpy()))).movedim(-1, 2)
+    return lab.mean((-2, -1), keepdim=True), lab.std((-2, -1), correction=0, keepdim=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("level", "spread"), [(0.0, 0.3), (0.9, 0.002)], ids=["usual", "almost flat"])
+def test_statistics_of_a_full_frame(level: float, spread: float, backend: str, device: str) -> None:
+    """344,064 pixels: a sum of squares in float32 would lose the small deviation of bright pixels."""
+    frames = (level + spread * normal(1, 3, 1, 768, 448)).clamp(-1, 1).to(device)
+    mean, std = ops.lab_statistics(frames, backend=backend)
+    exact_mean, exact_std = exact_statistics(frames)
+    torch.testing.assert_close(mean.cpu().double(), exact_mean, rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(std.cpu().double(), exact_std, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_corner_of_the_cube(backend: str) -> None:
+    """Each frame is one colour, and so its own mean: black, white, the primaries and both curves' ends."""
+    levels = torch.tensor([0.0, 0.002, 0.04, 0.041, 0.2, 1.0])
+    colors = torch.cartesian_prod(levels, levels, levels)
+    frames = (colors.T[None, :, :, None, None] * 2 - 1).expand(-1, -1, -1, 2, 3).contiguous()
+    mean, std = ops.lab_statistics(frames, backend=backend)
+    np.testing.assert_allclose(mean[0, :, :, 0, 0].numpy(), rgb2lab(colors.double().numpy()), atol=2e-3)
+    assert std.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("level", [-1.0, -0.3, 0.0137, 1.0])
+def test_a_flat_frame_has_no_deviation_at_all(level: float, device: str) -> None:
+    """Else it would be scaled by the reference's deviation over a rounding error."""
+    frames = torch.full((1, 3, 2, 67, 31), level, device=device)
+    mean, std = ops.lab_statistics(frames, backend="triton")
+    assert (std == 0).all()
+    out = ops.color_match(frames, mean + 5, std + 20, 1.0, backend="triton")
+    expected = reference.lab_to_rgb(mean + 5) * 2 - 1
+    torch.testing.assert_close(out, expected.transpose(1, 2).expand_as(out), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x[:, :, 1:],
+        lambda x: x[..., 2:],
+        lambda x: x.transpose(3, 4),
+        lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+        lambda x: x.expand(2, -1, -1, -1, -1),
+    ],
+    ids=["some frames", "some columns", "turned", "ndhwc", "repeated"],
+)
+def test_any_layout_is_read(layout: object, device: str) -> None:
+    assert callable(layout)
+    frames = layout(normal(1, 3, 3, 9, 11).tanh().to(device))
+    wanted = reference.lab_statistics(normal(1, 3, 1, 8, 8, seed=1).to(device).tanh())
+    out = ops.color_match(frames, *wanted, 0.7, backend="triton")
+    torch.testing.assert_close(out, reference.color_match(frames, *wanted, 0.7), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_statistics_may_differ_by_video_and_by_frame(shape: tuple[int, int]) -> None:
+    frames = normal(2, 3, 3, 5, 4).tanh()
+    mean = 50 + 10 * normal(*shape, 3, 1, 1, seed=1)
+    std = 10 + normal(*shape, 3, 1, 1, seed=2).abs()
+    out = ops.color_match(frames, mean, std, 1.0, backend="triton")
+    torch.testing.assert_close(out, reference.color_match(frames, mean, std, 1.0), rtol=0, atol=2e-5)
+
+
+def test_strength_zero_is_the_frames_themselves() -> None:
+    frames, statistics = normal(1, 3, 1, 4, 4), torch.ones(1, 1, 3, 1, 1)
+    assert ops.color_match(frames, statistics, statistics, 0, backend="triton") is frames

@@ -1,0 +1,192 @@
+"""The VAE's ops beyond the registry's parity: the algebra, the caches, a whole VAE through the kernels."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtalk_rt import ops
+from flashtalk_rt.config import VAEConfig
+from flashtalk_rt.modules import vae_layers
+from flashtalk_rt.modules.vae import VAE, CacheCursor
+from flashtalk_rt.ops import reference_vae as reference
+
+SMALL = VAEConfig(dim=4, num_res_blocks=1)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["triton", "torch"]
+FUSED = ("add_residual", "norm_silu", "upsample_conv", "vae_head")  # the modules of ops with a Triton backend
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def random_vae(config: VAEConfig = SMALL) -> VAE:
+    torch.manual_seed(0)
+    vae = VAE(config).eval().requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return vae
+
+
+def relative(out: Tensor, expected: Tensor) -> float:
+    assert out.shape == expected.shape
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op by its Triton kernel and biases deferred, as on a GPU."""
+    for name in FUSED:
+        module = importlib.import_module(f"flashtalk_rt.ops.{name}")
+        monkeypatch.setattr(module, "backend_for", lambda *_, **__: "triton")
+
+    def deferring_bias(conv: vae_layers.Conv3d, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.conv3d(x, conv.weight, torch.zeros_like(conv.bias), conv.stride, conv.padding), conv.bias
+
+    monkeypatch.setattr(vae_layers.Conv3d, "deferring_bias", deferring_bias)
+
+
+# --- upsampling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 1, 1), (2, 3, 5), (3, 4, 2)])
+def test_the_phase_form_is_exact(frames: int, height: int, width: int) -> None:
+    x = normal(2, 5, frames, height, width, dtype=torch.float64)
+    weight, bias = normal(7, 5, 3, 3, seed=1, dtype=torch.float64), normal(7, seed=2, dtype=torch.float64)
+    expected = reference.upsample_conv(x, weight, bias)
+    assert relative(ops.upsample_conv(x, ops.fold_upsampled(weight), bias), expected) < 1e-12
+
+
+def test_folded_weights_keep_their_dtype_and_are_summed_in_float32() -> None:
+    weight = normal(6, 4, 3, 3, dtype=torch.bfloat16)
+    folded = ops.fold_upsampled(weight)
+    assert folded.shape == (4, 6, 4, 2, 2) and folded.dtype == torch.bfloat16
+    assert folded.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(folded, ops.fold_upsampled(weight.float()).bfloat16())
+    # Every phase holds every weight once.
+    wide = ops.fold_upsampled(weight.double())
+    for phase in wide:
+        torch.testing.assert_close(phase.sum((-2, -1)), weight.double().sum((-2, -1)))
+
+
+@torch.no_grad()
+def test_preparing_changes_no_result_and_no_parameter() -> None:
+    vae, z = random_vae().double(), normal(1, 16, 3, 2, 3)
+    expected, names = vae.decode(z), list(vae.state_dict())
+    assert vae.prepare() is vae
+    assert relative(vae.decode(z), expected) < 1e-12
+    assert list(vae.state_dict()) == names
+    prepared = [layer for layer in vae.decoder.upsamples if isinstance(layer, vae_layers.Upsample)]
+    assert len(prepared) == 3 and all(layer.folded is not None for layer in prepared)
+
+
+# --- norms and caches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_two_frames_are_the_next_calls_past(backend: str, device: str) -> None:
+    if (backend, device) == ("torch", "cuda"):
+        pytest.skip("the same code as on a CPU")
+    x, gamma = normal(2, 12, 5, 3, 4, device=device), 1 + 0.1 * normal(12, seed=1, device=device)
+    whole = ops.norm_silu(x, gamma, None, backend=backend)
+    past, parts = None, []
+    for frames in x.split([1, 1, 3], dim=2):
+        out = ops.norm_silu(frames, gamma, past, backend=backend)
+        past = out[:, :, -2:]
+        parts.append(out[:, :, 2:])
+    assert whole.shape == (2, 12, 7, 3, 4) and whole.is_contiguous(memory_format=torch.channels_last_3d)
+    assert (whole[:, :, :2] == 0).all()
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole[:, :, 2:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(past, whole[:, :, -2:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_black_pixels_stay_black(backend: str) -> None:
+    out = ops.norm_silu(torch.zeros(1, 12, 2, 2, 2), torch.ones(12), None, backend=backend)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_any_layout_is_read(layout: torch.memory_format) -> None:
+    x, shortcut, past = (normal(2, 12, n, 3, 5, seed=n).contiguous(memory_format=layout) for n in (4, 4, 2))
+    gamma, bias = normal(12, seed=5), normal(12, seed=6)
+    found = ops.add_norm_silu(x, bias, shortcut, gamma, past, backend="triton")
+    for ours, expected in zip(found, reference.add_norm_silu(x, bias, shortcut, gamma, past), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ops.add_residual(x, bias, shortcut, backend="triton"), found[0])
+
+
+def test_the_head_takes_wider_parameters_as_under_autocast() -> None:
+    x, shortcut = (normal(1, 6, 2, 3, 4, seed=i, dtype=torch.float16) for i in range(2))
+    gamma = torch.ones(6, dtype=torch.float16)
+    weight, bias = (normal(3, 6, 3, 3, 3, seed=2) / 10).requires_grad_(True), normal(3, seed=3)
+    frames, future = ops.vae_head(x, None, shortcut, gamma, None, weight, bias, False, backend="triton")
+    assert frames.dtype == future.dtype == torch.float16
+    frames.float().square().sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    expected, _ = reference.vae_head(
+        x.float(), None, shortcut.float(), gamma.float(), None, weight.detach(), bias, False
+    )
+    assert relative(frames, expected) < 2e-3
+
+
+# --- the whole VAE ---------------------------------------------------------------------------------
+
+
+def through(vae: VAE, z: Tensor, video: Tensor) -> list[Tensor]:
+    """Decoding step by step, with the caches, and encoding."""
+    cache, found = None, []
+    for frame in z.split([1, 1, 2], dim=2):
+        frames, cache = vae.decode_step(frame, cache)
+        found += [frames, *cache]
+    return [*found, vae.encode(video)]
+
+
+@torch.no_grad()
+def test_the_kernels_make_the_same_vae(request: pytest.FixtureRequest) -> None:
+    vae = random_vae().prepare()
+    z, video = normal(1, 16, 4, 2, 3), normal(1, 3, 5, 16, 24, seed=1).tanh()
+    expected = through(vae, z, video)
+    request.getfixturevalue("fused")
+    for out, exact in zip(through(vae, z, video), expected, strict=True):
+        assert relative(out, exact) < 1e-5 if exact.abs().max() > 0 else not out.any()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_the_vae_on_a_gpu_is_the_vae_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = random_vae(VAEConfig(dim=12, num_res_blocks=1)).prepare()
+    z, video = normal(1, 16, 4, 2, 3), normal(1, 3, 5, 16, 24, seed=1).tanh()
+    expected = through(vae, z, video)
+    for out, exact in zip(through(vae.cuda(), z.cuda(), video.cuda()), expected, strict=True):
+        assert relative(out.cpu(), exact) < 1e-4 if exact.abs().max() > 0 else not out.any()
+
+
+@pytest.mark.usefixtures("fused")
+def test_the_kernels_compile_whole_and_train() -> None:
+    decoder = random_vae().decoder.requires_grad_(True)
+    z = normal(1, 16, 1, 2, 2).requires_grad_(True)
+    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
+    eager = decoder(z, CacheCursor(None))
+    torch.testing.assert_close(compiled(z, CacheCursor(None)), eager)
+    eager.square().sum().backward()
+    # Of one frame alone, a temporal doubling sees nothing.
+    unused = [name for name, p in decoder.named_parameters() if p.grad is None]
+    assert all("time_conv" in name for name in unused)
+    assert z.grad is not None and z.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_decoding_clamps_when_asked() -> None:
+    vae, z = random_vae(), normal(1, 16, 1, 2, 3)
+    vae.decoder.head[2].weight.mul_(20)
+    free, clamped = vae.decode_step(z, None)[0], vae.decode_step(z, None, clamp=True)[0]
+    assert free.abs().max() > 1
+    assert torch.equal(clamped, free.clamp(-1, 1))
