@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import DiTConfig, StreamConfig, VAEConfig, from_mapping
 from ..errors import CheckpointError, InputError, OutputError
+from .dit import DiT
 from .model import Model
 from .toy_encoders import MelAudioEncoder, NullTextEncoder, PatchImageEncoder
 from .weights import (
@@ -45,19 +47,22 @@ FORMAT = 1
 SHARD_BYTES = 4 * 10**9
 ENCODERS = ("audio_encoder", "image_encoder", "text_encoder")
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", ops.FP8: "F8_E4M3"}
 
 
-def convert(folder: str | Path, out: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def convert(
+    folder: str | Path, out: str | Path, dtype: torch.dtype = torch.bfloat16, *, fp8: bool = False
+) -> None:
     """Rewrite a checkpoint (published, or converted before) in our layout as the new folder `out`.
 
-    The DiT is stored in `dtype`, the text encoder in bfloat16, the rest in float32. One tensor at a time is
-    in memory. `out` appears under its name only when complete. InputError: `out` exists and is not empty, or
-    its parent does not exist. OutputError: the disk is too small or full, or writing failed.
+    The DiT is stored in `dtype`, its large projections in float8 if `fp8` says so, the text encoder in
+    bfloat16, the rest in float32. One tensor at a time is in memory. `out` appears under its name only when
+    complete. InputError: `out` exists and is not empty, or its parent does not exist, or the checkpoint is
+    float8 already and should not be. OutputError: the disk is too small or full, or writing failed.
     CheckpointError: as `weights.load`.
     """
     dtypes = {"dit": dtype, "vae": torch.float32, **ENCODER_DTYPES}
-    write_converted(read_checkpoint(folder), Path(out), dtypes)
+    write_converted(read_checkpoint(folder), Path(out), dtypes, fp8=fp8)
 
 
 def save_converted(model: Model, out: str | Path, dtype: torch.dtype) -> None:
@@ -133,6 +138,7 @@ def read_converted(folder: Path) -> Checkpoint:
         encoders=encoders,
         parts={name: Part(SafetensorsFiles(paths)) for name, paths in files.items()},
         tokenizer=tokenizer,
+        fp8=bool(layout.get("fp8", False)),
     )
 
 
@@ -148,12 +154,24 @@ def _shard_name(index: int, count: int) -> str:
     return f"dit-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_converted(checkpoint: Checkpoint, out: Path, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Write `checkpoint` as the new folder `out`, part `name` in dtypes[name]. Errors as `convert`."""
+def write_converted(
+    checkpoint: Checkpoint, out: Path, dtypes: Mapping[str, torch.dtype], *, fp8: bool = False
+) -> None:
+    """Write `checkpoint` as the new folder `out`, part `name` in dtypes[name], the DiT's large projections
+    in float8 if `fp8` says so. Errors as `convert`; InputError too if they are float8 already and should
+    not be."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder; name a new one")
+    if checkpoint.fp8 and not fp8:
+        raise InputError(
+            f"{checkpoint.parts['dit'].source.where} is float8 already; convert the original, or ask for fp8"
+        )
     modules = {name: build(checkpoint, name) for name in checkpoint.parts}
-    plans = {name: _shards(name, modules[name], checkpoint.parts[name], dtypes[name]) for name in modules}
+    written = {
+        name: _Part(module, checkpoint.parts[name], dtypes[name], fp8 and name == "dit")
+        for name, module in modules.items()
+    }
+    plans = {name: _shards(name, part) for name, part in written.items()}
     needed_bytes = sum(size for shards in plans.values() for _, size in shards)
     parent = out.resolve().parent
     if not parent.is_dir():
@@ -168,13 +186,13 @@ def write_converted(checkpoint: Checkpoint, out: Path, dtypes: Mapping[str, torc
     try:
         partial.mkdir()
         for name, shards in plans.items():
-            values = parameters_of(modules[name], checkpoint.parts[name])
+            values = written[name].values()
             for index, (entries, _) in enumerate(shards):
                 file = _shard_name(index, len(shards)) if name == "dit" else f"{name}.safetensors"
-                _write_safetensors(partial / file, entries, islice(values, len(entries)), dtypes[name])
+                _write_safetensors(partial / file, entries, islice(values, len(entries)))
         if checkpoint.tokenizer is not None:
             shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
-        (partial / LAYOUT_FILE).write_text(json.dumps(_layout(checkpoint), indent=1) + "\n")
+        (partial / LAYOUT_FILE).write_text(json.dumps(_layout(checkpoint, fp8), indent=1) + "\n")
         partial.rename(out)
     except OSError as error:
         reason = error.strerror or error
@@ -183,11 +201,12 @@ def write_converted(checkpoint: Checkpoint, out: Path, dtypes: Mapping[str, torc
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _layout(checkpoint: Checkpoint) -> dict[str, Any]:
+def _layout(checkpoint: Checkpoint, fp8: bool) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "label": checkpoint.label,
         "min_portrait_psnr_db": checkpoint.min_portrait_psnr_db,
+        "fp8": fp8,
         "dit": dataclasses.asdict(checkpoint.dit),
         "vae": dataclasses.asdict(checkpoint.vae),
         "stream": dataclasses.asdict(checkpoint.stream),
@@ -195,26 +214,56 @@ def _layout(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-Entries = list[tuple[str, list[int]]]
+Entries = list[tuple[str, list[int], torch.dtype]]
 
 
-def _shards(name: str, module: nn.Module, part: Part, dtype: torch.dtype) -> list[tuple[Entries, int]]:
+class _Part:
+    """One network as it is stored: in `dtype`, the DiT's large projections as float8 and their scales."""
+
+    def __init__(self, module: nn.Module, part: Part, dtype: torch.dtype, fp8: bool) -> None:
+        self._module, self._part, self._dtype = module, part, dtype
+        large: list[nn.Module] = module.large_projections() if fp8 and isinstance(module, DiT) else []
+        names = {id(layer): name for name, layer in module.named_modules()}
+        self._fp8 = {f"{names[id(layer)]}.weight" for layer in large}
+
+    def entries(self) -> Iterator[tuple[str, list[int], torch.dtype]]:
+        """What `values` yields, from the shapes alone."""
+        for name, value in parameters_of(self._module, self._part):
+            shape = list(value.shape)
+            if name in self._fp8 and value.dtype != ops.FP8:
+                yield name, shape, ops.FP8
+                yield f"{name}_scale", [shape[0], 1], torch.float32
+            else:
+                yield name, shape, self._kept(name, value)
+
+    def values(self) -> Iterator[Tensor]:
+        """Every tensor to write, in the order of `entries`."""
+        for name, value in parameters_of(self._module, self._part):
+            if name in self._fp8 and value.dtype != ops.FP8:
+                yield from ops.quantize(value)
+            else:
+                yield value.to("cpu", self._kept(name, value))
+
+    def _kept(self, name: str, value: Tensor) -> torch.dtype:
+        """float8 and its scales mean nothing in another format."""
+        return value.dtype if value.dtype == ops.FP8 or name.endswith("weight_scale") else self._dtype
+
+
+def _shards(name: str, part: _Part) -> list[tuple[Entries, int]]:
     """[(entries, bytes)]: parameters in their source's order, the DiT's in files of at most SHARD_BYTES."""
     limit = SHARD_BYTES if name == "dit" else math.inf
     shards: list[tuple[Entries, int]] = []
-    for parameter, value in parameters_of(module, part):
-        size = value.numel() * dtype.itemsize
+    for entry in part.entries():
+        size = math.prod(entry[1]) * entry[2].itemsize
         if not shards or shards[-1][1] + size > limit:
             shards.append(([], 0))
         entries, used = shards[-1]
-        entries.append((parameter, list(value.shape)))
+        entries.append(entry)
         shards[-1] = (entries, used + size)
     return shards
 
 
-def _write_safetensors(
-    path: Path, entries: Entries, values: Iterator[tuple[str, Tensor]], dtype: torch.dtype
-) -> None:
+def _write_safetensors(path: Path, entries: Entries, values: Iterator[Tensor]) -> None:
     """A .safetensors file, one tensor at a time: the library's own writer wants all of them in memory.
 
     Format: the header's length (8 bytes, little-endian), a JSON header padded with spaces to a multiple of
@@ -222,7 +271,7 @@ def _write_safetensors(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in entries:
+    for name, shape, dtype in entries:
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
@@ -230,8 +279,8 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, value in values:
-            raw = value.to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
+        for value in values:
+            raw = value.contiguous().reshape(-1).view(torch.uint8)
             file.write(raw.numpy().data)
             del raw  # before the next one is made: one tensor at a time, not two
         file.flush()

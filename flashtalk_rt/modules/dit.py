@@ -7,7 +7,6 @@ computes it once a session or once a chunk instead of once a step.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -17,194 +16,84 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import DiTConfig
-
-KeysValues = tuple[Tensor, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerContext:
-    """One layer's constant keys and values, each [B, tokens, H, D]."""
-
-    text: KeysValues
-    image: KeysValues
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
-
-
-class LayerNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads, self.eps = num_heads, eps
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-
-    def forward(self, x: Tensor, table: Tensor, chunk_tokens: int | None) -> Tensor:
-        q = ops.qk_norm_rope(self.q(x), self.norm_q.weight, table, self.num_heads, self.eps)
-        k = ops.qk_norm_rope(self.k(x), self.norm_k.weight, table, self.num_heads, self.eps)
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))
-        return self.o(ops.chunk_attention(q, k, v, chunk_tokens).flatten(2))  # type: ignore[no-any-return]
-
-
-class CrossAttention(nn.Module):
-    """Text and image: one query, two softmaxes, summed before the output projection."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-        self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_k_img = RMSNorm(dim, eps)
-
-    def context(self, text: Tensor, image: Tensor) -> LayerContext:
-        """text and image tokens [B, *, dim] -> this layer's keys and values."""
-        heads = (self.num_heads, -1)
-        return LayerContext(
-            (self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)),
-            (self.norm_k_img(self.k_img(image)).unflatten(-1, heads), self.v_img(image).unflatten(-1, heads)),
-        )
-
-    def forward(self, x: Tensor, context: LayerContext) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
-        return self.o(ops.dual_cross_attention(q, *context.text, *context.image).flatten(2))  # type: ignore[no-any-return]
-
-
-class AudioCrossAttention(nn.Module):
-    """Each latent frame's tokens against that frame's audio tokens; biases, no norm."""
-
-    def __init__(self, dim: int, audio_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_linear, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.kv_linear = nn.Linear(audio_dim, 2 * dim)
-
-    def context(self, audio: Tensor) -> KeysValues:
-        """audio tokens [B, T, N, C] -> keys and values [B, T, N, H, D]."""
-        k, v = self.kv_linear(audio).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        return k, v
-
-    def forward(self, x: Tensor, audio: KeysValues) -> Tensor:
-        q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
-        return self.proj(ops.audio_cross_attention(q, *audio).flatten(2))  # type: ignore[no-any-return]
+from ..ops import Quantized
+from .dit_layers import (
+    AudioCrossAttention,
+    AudioProjection,
+    CrossAttention,
+    FeedForward,
+    ImageEmbedding,
+    KeysValues,
+    LayerContext,
+    LayerNorm,
+    Norm,
+    SelfAttention,
+)
+from .linear import Linear
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention, audio cross-attention and feed-forward on one residual stream.
+
+    A block takes the stream already normalised for its first layer and returns it normalised for what
+    comes after, so that adding to the stream and normalising it is one pass over it, everywhere.
+    """
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         dim, heads = config.dim, config.num_heads
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.self_attn = SelfAttention(dim, heads, config.eps)
-        self.norm3 = LayerNorm(dim, config.eps)
+        self.norm3 = LayerNorm(dim)
         self.cross_attn = CrossAttention(dim, heads, config.eps)
-        self.norm_x = LayerNorm(dim, config.eps)
+        self.norm_x = LayerNorm(dim)
         self.audio_cross_attn = AudioCrossAttention(dim, config.output_dim, heads)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
-        )
+        self.ffn = FeedForward(dim, config.ffn_dim)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether its large projections are float8."""
+        return self.self_attn.q.fp8
+
+    def large_projections(self) -> list[Linear]:
+        """Those that may be float8."""
+        attention, cross = self.self_attn, self.cross_attn
+        layers = [attention.q, attention.k, attention.v, attention.o, cross.q, cross.o, *self.ffn]
+        return [layer for layer in layers if isinstance(layer, Linear)]
 
     def forward(
         self,
         x: Tensor,
-        time: Tensor,
+        normed: Tensor | Quantized,
+        modulation: Tensor,
+        after: Norm,
         table: Tensor,
         context: LayerContext,
         audio: KeysValues,
         chunk_tokens: int | None,
-    ) -> Tensor:
-        """x [B, L, dim], time [B, 6, dim] float32 -> [B, L, dim]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).chunk(6, dim=1)
-        y = self.self_attn(ops.adaln(x, shift1, scale1, self.eps), table, chunk_tokens)
-        x = ops.gate_residual(x, y, gate1)
-        x = x + self.cross_attn(self.norm3(x), context)
-        x = x + self.audio_cross_attn(self.norm_x(x), audio)
-        return ops.gate_residual(x, self.ffn(ops.adaln(x, shift2, scale2, self.eps)), gate2)
+    ) -> tuple[Tensor, Tensor | Quantized]:
+        """x [B, L, dim]; normed: x through the norm of the modulation [B, 6, dim] float32; after: the norm
+        that follows the block -> the new x, and it through `after`."""
+        _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        y = self.self_attn(normed, table, chunk_tokens)
+        x, normed = ops.residual_norm(x, y, gate1, self.norm3.weight, self.norm3.bias, self.eps, fp8=self.fp8)
+        y = self.cross_attn(normed, context)
+        x, heard = ops.residual_norm(x, y, None, self.norm_x.weight, self.norm_x.bias, self.eps)
+        y = self.audio_cross_attn(heard, audio)
+        x, normed = ops.residual_norm(x, y, None, 1 + scale2, shift2, self.eps, fp8=self.fp8)
+        return ops.residual_norm(
+            x, self.ffn(normed), gate2, after.weight, after.bias, self.eps, fp8=after.fp8
+        )
 
 
 class Head(nn.Module):
-    def __init__(self, dim: int, out_features: int, eps: float) -> None:
+    """The last modulated norm's parameters and the projection to patches."""
+
+    def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
-        self.eps = eps
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.head = nn.Linear(dim, out_features)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, L, dim], time embedding [B, dim] float32."""
-        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)
-        return self.head(ops.adaln(x, shift, scale, self.eps))  # type: ignore[no-any-return]
-
-
-class ImageEmbedding(nn.Module):
-    def __init__(self, image_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(
-            nn.LayerNorm(image_dim),
-            nn.Linear(image_dim, image_dim),
-            nn.GELU(),
-            nn.Linear(image_dim, dim),
-            nn.LayerNorm(dim),
-        )
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image)  # type: ignore[no-any-return]
-
-
-class AudioProjection(nn.Module):
-    """Windows of audio features to `context_tokens` tokens a latent frame.
-
-    The first video frame is a latent frame of its own; every later group of four gives the left
-    half-window of its first frame, the centres of the middle two and the right half-window of its
-    last, so that no feature is seen twice.
-    """
-
-    GROUP = 4  # video frames a latent frame: the VAE's stride in time
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.tokens, self.width = config.context_tokens, config.output_dim
-        feature = config.audio_blocks * config.audio_dim
-        grouped = config.audio_window + self.GROUP - 1
-        self.proj1 = nn.Linear(config.audio_window * feature, config.intermediate_dim)
-        self.proj1_vf = nn.Linear(grouped * feature, config.intermediate_dim)
-        self.proj2 = nn.Linear(config.intermediate_dim, config.intermediate_dim)
-        self.proj3 = nn.Linear(config.intermediate_dim, config.context_tokens * config.output_dim)
-        self.norm = nn.LayerNorm(config.output_dim)
-
-    def forward(self, audio: Tensor) -> Tensor:
-        """audio [B, F, window, blocks, C] with F = 1 + 4 n -> [B, 1 + n, tokens, output_dim]."""
-        first = audio[:, :1].flatten(2)
-        later = audio[:, 1:].unflatten(1, (-1, self.GROUP))
-        middle = audio.shape[2] // 2
-        grouped = torch.cat(
-            (
-                later[:, :, 0, : middle + 1],
-                later[:, :, 1:-1, middle],
-                later[:, :, -1, middle:],
-            ),
-            dim=2,
-        ).flatten(2)
-        hidden = torch.cat((F.relu(self.proj1(first)), F.relu(self.proj1_vf(grouped))), dim=1)
-        tokens = self.proj3(F.relu(self.proj2(hidden)))
-        return self.norm(tokens.unflatten(-1, (self.tokens, self.width)))  # type: ignore[no-any-return]
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:
@@ -235,7 +124,7 @@ class DiT(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.head = Head(dim, config.out_dim * math.prod(self.PATCH), config.eps)
+        self.head = Head(dim, config.out_dim * math.prod(self.PATCH))
         self.img_emb = ImageEmbedding(config.image_dim, dim)
         self.audio_proj = AudioProjection(config)
 
@@ -243,16 +132,47 @@ class DiT(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
+    @property
+    def fp8(self) -> bool:
+        """Whether the large projections are float8."""
+        return self._blocks()[0].fp8
+
+    def large_projections(self) -> list[Linear]:
+        """Those of every token in every step, which may be float8."""
+        return [layer for block in self._blocks() for layer in block.large_projections()]
+
+    def prepare(self, dtype: torch.dtype, *, fp8: bool) -> None:
+        """Make the weights ready for inference, in place, where they will be used: in `dtype`, the large
+        projections in float8 where `fp8` asks for it (there is no way back), and one matrix for each
+        block's q, k and v.  ValueError: float8 without bfloat16, what its products return."""
+        if fp8 and dtype != torch.bfloat16:
+            raise ValueError(f"float8 goes with bfloat16, not with {dtype}")
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.cast(dtype)
+            else:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        self.eval().requires_grad_(False)
+        if fp8 and not self.fp8:
+            for layer in self.large_projections():
+                layer.hold(ops.quantize(layer.weight))
+        for block in self._blocks():
+            block.self_attn.fuse()
+
     def context(self, text: Tensor, image: Tensor) -> list[LayerContext]:
         """Every layer's text and image keys and values: constant over a session.
 
         text [B, L, text_dim], L <= text_len, zero-padded here: the padded tokens take part (the
-        published model has no mask).  image [B, tokens, image_dim].
+        published model has no mask), one of them for all (`ops.padding_bias`).
+        image [B, tokens, image_dim].
         """
-        padded = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
+        real, length = text.shape[1], self.config.text_len
+        bias = ops.padding_bias(real, length, text.device)
+        padded = F.pad(text, (0, 0, 0, length - real))
         text_tokens = self.text_embedding(padded.to(self.dtype))
         image_tokens = self.img_emb(image.to(self.dtype))
-        return [block.cross_attn.context(text_tokens, image_tokens) for block in self._blocks()]
+        return [block.cross_attn.context(text_tokens, image_tokens, bias) for block in self._blocks()]
 
     def audio_context(self, audio: Tensor) -> list[KeysValues]:
         """Every layer's audio keys and values: constant over a chunk's denoising steps.
@@ -286,9 +206,21 @@ class DiT(nn.Module):
         embedding = self.time_embedding(time_features(t, self.config.freq_dim).to(self.dtype))
         time = self.time_projection(embedding).float().unflatten(1, (6, -1))
         chunk_tokens = None if chunk_frames is None else chunk_frames * grid[1] * grid[2]
-        for block, layer_context, layer_audio in zip(self._blocks(), context, audio, strict=True):
-            x = block(x, time, table, layer_context, layer_audio, chunk_tokens)
-        return self._unpatchify(self.head(x, embedding.float()), grid)
+        blocks = self._blocks()
+        modulations = [block.modulation.float() + time for block in blocks]
+        norms = [
+            Norm.modulated(modulation, block.fp8)
+            for block, modulation in zip(blocks, modulations, strict=True)
+        ]
+        last = self.head.modulation.float() + embedding.float()[:, None]
+        norms.append(Norm.modulated(last, fp8=False))
+        first = norms[0]
+        x, normed = ops.residual_norm(x, None, None, first.weight, first.bias, self.config.eps, fp8=first.fp8)
+        for block, modulation, after, *layer in zip(
+            blocks, modulations, norms[1:], context, audio, strict=True
+        ):
+            x, normed = block(x, normed, modulation, after, table, *layer, chunk_tokens)
+        return self._unpatchify(self.head.head(normed), grid)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

@@ -18,6 +18,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import DiTConfig, StreamConfig, VAEConfig
 from ..errors import CheckpointError
 from .dit import DiT
@@ -179,6 +180,7 @@ class Checkpoint:
     encoders: Mapping[str, Mapping[str, Any]]
     parts: Mapping[str, Part]
     tokenizer: Path | None = None
+    fp8: bool = False  # the DiT's large projections are stored as float8 with a scale a row
 
 
 def load(
@@ -242,7 +244,11 @@ def build(checkpoint: Checkpoint, name: str) -> Any:
     """
     with torch.device("meta"):
         if name == "dit":
-            return DiT(checkpoint.dit)
+            dit = DiT(checkpoint.dit)
+            if checkpoint.fp8:
+                for layer in dit.large_projections():
+                    layer.hold(ops.quantize(layer.weight))
+            return dit
         if name == "vae":
             return VAE(checkpoint.vae)
     settings = dict(checkpoint.encoders[name])
@@ -319,7 +325,11 @@ def fill(module: nn.Module, part: Part, device: torch.device, dtype: torch.dtype
     for target, value in parameters_of(module, part):
         owner, _, leaf = target.rpartition(".")
         # A copy even when nothing changes: a view would tie the model to a file that may be replaced.
-        copy = value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        # float8 and its scales mean nothing in another format.
+        kept = value.dtype == ops.FP8 or leaf == "weight_scale"
+        copy = value.to(
+            device, value.dtype if kept else dtype, copy=True, memory_format=torch.contiguous_format
+        )
         module.get_submodule(owner)._parameters[leaf] = nn.Parameter(copy, requires_grad=False)
     for child in module.modules():
         for leaf, buffer in child._buffers.items():

@@ -1,0 +1,198 @@
+"""The layers of the diffusion transformer; parameter names are the published checkpoint's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import DiTConfig
+from ..ops import Quantized
+from .linear import Fused, Linear
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Norm(NamedTuple):
+    """A LayerNorm of the residual stream: weight and bias [D] or [B, 1, D], and whether to emit float8."""
+
+    weight: Tensor
+    bias: Tensor
+    fp8: bool
+
+    @classmethod
+    def modulated(cls, modulation: Tensor, fp8: bool) -> Norm:
+        """From the first two vectors, shift and scale, of a modulation [B, 2 or 6, D] float32."""
+        return cls(1 + modulation[:, 1:2], modulation[:, 0:1], fp8)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerContext:
+    """One layer's constant keys and values, each [B, tokens, H, D], and the text keys' score bias."""
+
+    text: KeysValues
+    image: KeysValues
+    text_bias: Tensor  # [text tokens] float32: see `DiT.context`
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Parameters of an affine LayerNorm; `ops.residual_norm` computes it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self._fused: Fused | None = None
+
+    def fuse(self) -> None:
+        """Compute q, k and v as one product from now on: see `Fused`."""
+        if self._fused is None or not self._fused.holds(self.q):
+            self._fused = Fused(self.q, self.k, self.v)
+
+    def forward(self, x: Tensor | Quantized, table: Tensor, chunk_tokens: int | None) -> Tensor:
+        q, k, v = (self.q(x), self.k(x), self.v(x)) if self._fused is None else self._fused(x)
+        q = ops.qk_norm_rope(q, self.norm_q.weight, table, self.num_heads, self.eps)
+        k = ops.qk_norm_rope(k, self.norm_k.weight, table, self.num_heads, self.eps)
+        v = v.unflatten(-1, (self.num_heads, -1))
+        return self.o(ops.chunk_attention(q, k, v, chunk_tokens).flatten(2))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Text and image: one query, two softmaxes, summed before the output projection."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
+        self.norm_k_img = RMSNorm(dim, eps)
+
+    def context(self, text: Tensor, image: Tensor, text_bias: Tensor) -> LayerContext:
+        """text and image tokens [B, *, dim] -> this layer's keys and values."""
+        heads = (self.num_heads, -1)
+        return LayerContext(
+            (self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)),
+            (self.norm_k_img(self.k_img(image)).unflatten(-1, heads), self.v_img(image).unflatten(-1, heads)),
+            text_bias,
+        )
+
+    def forward(self, x: Tensor | Quantized, context: LayerContext) -> Tensor:
+        q = ops.qk_norm_rope(self.q(x), self.norm_q.weight, None, self.num_heads, self.eps)
+        out = ops.dual_cross_attention(q, *context.text, *context.image, text_bias=context.text_bias)
+        return self.o(out.flatten(2))  # type: ignore[no-any-return]
+
+
+class AudioCrossAttention(nn.Module):
+    """Each latent frame's tokens against that frame's audio tokens; biases, no norm."""
+
+    def __init__(self, dim: int, audio_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(audio_dim, 2 * dim)
+
+    def context(self, audio: Tensor) -> KeysValues:
+        """audio tokens [B, T, N, C] -> keys and values [B, T, N, H, D]."""
+        k, v = self.kv_linear(audio).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        return k.contiguous(), v.contiguous()  # once, not in every step
+
+    def forward(self, x: Tensor, audio: KeysValues) -> Tensor:
+        if x.is_cuda and not torch.is_grad_enabled():
+            frames, keys = audio[0].shape[1:3]
+            work = ops.AudioWork(
+                x.shape[0] * x.shape[1], x.shape[0] * frames, keys, self.num_heads, x.shape[2]
+            )
+            if ops.audio_form(work) == "absorbed":
+                folded = ops.absorb_audio(self.q_linear.weight, self.q_linear.bias, *audio, self.proj.weight)
+                return ops.absorbed_audio_attention(x, *folded, self.proj.bias, self.num_heads, keys)
+        q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
+        return self.proj(ops.audio_cross_attention(q, *audio).flatten(2))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Sequential):
+    """Linear, tanh GELU, linear; the published names are a sequence's."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(Linear(dim, hidden), nn.GELU(approximate="tanh"), Linear(hidden, dim))
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        up, gelu, down = self
+        hidden = up(x)
+        return down(ops.quantize(hidden, gelu=True) if down.fp8 else gelu(hidden))  # type: ignore[no-any-return]
+
+
+class ImageEmbedding(nn.Module):
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image)  # type: ignore[no-any-return]
+
+
+class AudioProjection(nn.Module):
+    """Windows of audio features to `context_tokens` tokens a latent frame.
+
+    The first video frame is a latent frame of its own; every later group of four gives the left
+    half-window of its first frame, the centres of the middle two and the right half-window of its
+    last, so that no feature is seen twice.
+    """
+
+    GROUP = 4  # video frames a latent frame: the VAE's stride in time
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.tokens, self.width = config.context_tokens, config.output_dim
+        feature = config.audio_blocks * config.audio_dim
+        grouped = config.audio_window + self.GROUP - 1
+        self.proj1 = nn.Linear(config.audio_window * feature, config.intermediate_dim)
+        self.proj1_vf = nn.Linear(grouped * feature, config.intermediate_dim)
+        self.proj2 = nn.Linear(config.intermediate_dim, config.intermediate_dim)
+        self.proj3 = nn.Linear(config.intermediate_dim, config.context_tokens * config.output_dim)
+        self.norm = nn.LayerNorm(config.output_dim)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """audio [B, F, window, blocks, C] with F = 1 + 4 n -> [B, 1 + n, tokens, output_dim]."""
+        first = audio[:, :1].flatten(2)
+        later = audio[:, 1:].unflatten(1, (-1, self.GROUP))
+        middle = audio.shape[2] // 2
+        grouped = torch.cat(
+            (
+                later[:, :, 0, : middle + 1],
+                later[:, :, 1:-1, middle],
+                later[:, :, -1, middle:],
+            ),
+            dim=2,
+        ).flatten(2)
+        hidden = torch.cat((F.relu(self.proj1(first)), F.relu(self.proj1_vf(grouped))), dim=1)
+        tokens = self.proj3(F.relu(self.proj2(hidden)))
+        return self.norm(tokens.unflatten(-1, (self.tokens, self.width)))  # type: ignore[no-any-return]

@@ -1,0 +1,149 @@
+"""float8 weights: quantised once, stored, loaded, run, and how much they cost the tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from flashtalk_rt import ops
+from flashtalk_rt.config import DiTConfig, Precision
+from flashtalk_rt.errors import CheckpointError, InputError
+from flashtalk_rt.modules.convert import convert, save_converted
+from flashtalk_rt.modules.dit import DiT
+from flashtalk_rt.modules.linear import Linear
+from flashtalk_rt.modules.model import Model
+from flashtalk_rt.modules.weights import load
+from flashtalk_rt.runtime import Engine
+
+PORTRAIT = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+
+
+def first_frames(model: Model, precision: Precision | None = None) -> torch.Tensor:
+    session = Engine(model, precision=precision).session(PORTRAIT, seed=3)
+    noise = torch.randn(model.stream.chunk_samples, generator=torch.Generator().manual_seed(0))
+    session.push_audio(0.1 * noise)
+    return next(iter(session)).frames
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny/ in bfloat16 and fp8/ converted from it."""
+    path = tmp_path_factory.mktemp("fp8")
+    save_converted(tiny.model(), path / "tiny", torch.bfloat16)
+    convert(path / "tiny", path / "fp8", fp8=True)
+    return path
+
+
+def test_the_large_projections_and_nothing_else_are_float8() -> None:
+    dit = DiT(tiny.DIT)
+    dit.prepare(torch.bfloat16, fp8=True)
+    found = {name.split(".", 2)[2] for name, p in dit.named_parameters() if p.dtype == ops.FP8}
+    assert found == {
+        *(f"self_attn.{x}.weight" for x in "qkvo"),
+        *(f"cross_attn.{x}.weight" for x in "qo"),
+        *(f"ffn.{x}.weight" for x in (0, 2)),
+    }
+    for name, p in dit.named_parameters():
+        if p.dtype != ops.FP8:
+            assert p.dtype == (torch.float32 if name.endswith("weight_scale") else torch.bfloat16), name
+    with pytest.raises(ValueError, match="float8 goes with bfloat16"):
+        DiT(tiny.DIT).prepare(torch.float32, fp8=True)
+
+
+def test_a_converted_folder_gives_what_quantising_at_load_gives(folder: Path) -> None:
+    stored, quantised = load(folder / "fp8", "cpu"), load(folder / "tiny", "cpu")
+    assert json.loads((folder / "fp8" / "flashtalk.json").read_text())["fp8"] is True
+    assert torch.equal(first_frames(stored), first_frames(quantised, "fp8"))
+    assert Engine(stored).precision == "fp8", "the default of such weights"
+    shards = [sum(p.stat().st_size for p in (folder / x).glob("dit-*")) for x in ("tiny", "fp8")]
+    assert shards[1] < shards[0]
+
+
+def test_float8_cannot_turn_back(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="precision is bf16, but the model's weights are float8"):
+        Engine(load(folder / "fp8", "cpu"), precision="bf16")
+    with pytest.raises(InputError, match="float8 already"):
+        convert(folder / "fp8", tmp_path / "out")
+    convert(folder / "fp8", tmp_path / "again", fp8=True)
+    assert torch.equal(
+        first_frames(load(tmp_path / "again", "cpu")), first_frames(load(folder / "fp8", "cpu"))
+    )
+    model = tiny.model()
+    older = Engine(model, precision="bf16")
+    session = older.session(PORTRAIT)
+    Engine(model, precision="fp8")
+    session.push_audio(torch.zeros(model.stream.chunk_samples))
+    with pytest.raises(InputError, match="converted after this engine was made"):
+        next(iter(session))
+
+
+def test_a_float8_folder_without_a_scale_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    for file in (folder / "tiny").iterdir():
+        (tmp_path / "bad" / file.name).write_bytes(file.read_bytes())
+    layout = json.loads((folder / "tiny" / "flashtalk.json").read_text()) | {"fp8": True}
+    (tmp_path / "bad" / "flashtalk.json").write_text(json.dumps(layout))
+    with pytest.raises(CheckpointError, match=r"missing: .*weight_scale"):
+        load(tmp_path / "bad", "cpu")
+
+
+def test_one_step_in_float8_stays_near_bfloat16() -> None:
+    """Wide enough that rounding averages out as in the 14B model: error of a few hundredths, not zero."""
+    config = dataclasses.replace(tiny.DIT, dim=256, ffn_dim=512, num_heads=2)
+    outputs = []
+    for fp8 in (False, True):
+        torch.manual_seed(0)
+        dit = DiT(config)
+        dit.prepare(torch.bfloat16, fp8=fp8)
+        g = torch.Generator().manual_seed(1)
+        context = dit.context(torch.randn(1, 2, 8, generator=g), torch.randn(1, 5, 27, generator=g))
+        audio = dit.audio_context(torch.randn(1, 5, 5, 4, 40, generator=g))
+        latent, y = torch.randn(1, 16, 2, 4, 4, generator=g), torch.randn(1, 20, 2, 4, 4, generator=g)
+        with torch.no_grad():
+            outputs.append(dit(latent, torch.tensor([700.0]), y, context, audio).float())
+    error = ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item()
+    print(f"relative error of a float8 step: {error:.4f}")
+    assert 1e-4 < error < 0.1
+
+
+def test_fused_projections_share_their_weights_and_give_the_same() -> None:
+    dit = DiT(tiny.DIT).eval()
+    attention = dit.blocks[0].self_attn
+    x = torch.randn(1, 6, 48)
+    apart = [layer(x) for layer in (attention.q, attention.k, attention.v)]
+    names = list(dit.state_dict())
+    dit.prepare(torch.float32, fp8=False)
+    fused = attention._fused
+    for a, b in zip(apart, fused(x), strict=True):
+        torch.testing.assert_close(a, b)
+    weights = [layer.weight for layer in (attention.q, attention.k, attention.v)]
+    assert len({w.untyped_storage().data_ptr() for w in weights}) == 1, "nothing is held twice"
+    assert list(dit.state_dict()) == names
+    dit.prepare(torch.float32, fp8=False)
+    assert attention._fused is fused
+    dit.prepare(torch.bfloat16, fp8=False)
+    assert attention._fused is not fused
+
+
+def test_a_float8_input_needs_a_float8_weight() -> None:
+    with pytest.raises(TypeError, match="needs a float8 weight"):
+        Linear(16, 16)(ops.quantize(torch.randn(2, 16)))
+
+
+def test_the_published_size_in_float8_on_meta() -> None:
+    """18.9 B parameters: what the weights take."""
+    with torch.device("meta"):
+        dit = DiT(DiTConfig())
+        for layer in dit.large_projections():
+            layer.hold(ops.quantize(layer.weight))
+    large = sum(p.numel() for p in dit.parameters() if p.dtype == ops.FP8)
+    rest = sum(p.numel() for p in dit.parameters() if p.dtype != ops.FP8)
+    assert large == 40 * (6 * 5120**2 + 2 * 5120 * 13824)
+    assert 18.8e9 < large + rest < 19.0e9
+    assert large + 2 * rest < 27e9, "bytes, everything else being bfloat16"
