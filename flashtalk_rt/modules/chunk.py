@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import Sampler
-from .dit import DiT, KeysValues, LayerContext
+from .dit import DiT
+from .dit_layers import KeysValues, LayerContext
 from .schedule import advance
 from .vae import VAE
 
@@ -35,6 +36,13 @@ def reference_latent(vae: VAE, image: Tensor, frames: int) -> Tensor:
     return torch.cat((mask, latent), dim=1)
 
 
+def predict(dit: DiT, latent: Tensor, t: float, reference: Reference, audio: Sequence[KeysValues]) -> Tensor:
+    """The velocity of `latent` [B, z, T, h, w] at noise level t in [0, 1]; the same shape."""
+    step = torch.full((latent.shape[0],), t * 1000, device=latent.device)
+    velocity: Tensor = dit(latent, step, reference.y, reference.context, audio)
+    return velocity
+
+
 def denoise(
     dit: DiT,
     reference: Reference,
@@ -55,8 +63,7 @@ def denoise(
     latent = noise()
     latent[:, :, :kept] = motion
     for t, s in itertools.pairwise(times):
-        step = torch.full((latent.shape[0],), t * 1000, device=latent.device)
-        velocity = dit(latent, step, reference.y, reference.context, audio)
+        velocity = predict(dit, latent, t, reference, audio)
         fresh = noise() if sampler == "renoise" else None
         latent = advance(sampler, latent, velocity, t, s, fresh).to(latent.dtype)
         latent[:, :, :kept] = motion

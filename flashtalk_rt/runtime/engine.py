@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import threading
 from collections.abc import Callable
 from typing import get_args
 
@@ -11,48 +11,43 @@ from torch import Tensor
 
 from ..config import SIZE_MULTIPLE, Precision
 from ..errors import InputError
+from ..graphs.buffers import layout
 from ..modules.audio import audio_windows, normalize_loudness
-from ..modules.chunk import NoiseSource, Reference, denoise, reference_latent
+from ..modules.chunk import NoiseSource, Reference, reference_latent
 from ..modules.color import ColorReference
 from ..modules.image import Picture, load_image
 from ..modules.model import Model
 from ..modules.precision import native_bf16
 from ..modules.schedule import timesteps
+from .lane import Lane
 from .session import Session
+from .stages import Constants, Generated, Stages
 from .timing import StageClock
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of what is not float8.
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}
 
 
-def default_precision(device: torch.device) -> Precision:
-    """bf16 where the device computes it natively, else fp32 (bf16 on an older CPU is emulated)."""
-    return "bf16" if native_bf16(device) else "fp32"
-
-
-@dataclasses.dataclass(frozen=True)
-class Constants:
-    """What one session's image and prompt contribute to every chunk."""
-
-    reference: Reference
-    first_motion: Tensor  # [1, z, 1, h, w]
-    color: ColorReference
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """One chunk, still on the device."""
-
-    latent: Tensor  # [1, z, T, h, w] denoised
-    frames: Tensor  # [1, 3, new frames, H, W] in [-1, 1]
-    motion: Tensor  # [1, z, m, h, w] for the next chunk
+def default_precision(model: Model) -> Precision:
+    """fp8 for weights stored so; else bf16 where the device computes it natively, else fp32 (bf16 on an
+    older CPU is emulated)."""
+    if model.dit.fp8:
+        return "fp8"
+    return "bf16" if native_bf16(model.device) else "fp32"
 
 
 class Engine:
     """Runs chunks of one model at one size, precision and number of steps.
 
-    height, width: pixels, divisible by 16; steps: 1 or more; precision "fp32" or "bf16"; None takes
-    the model's own size and steps and the fastest exact precision of its device.  The model's
-    networks are converted in place.  Raises InputError for a setting that cannot be served.
+    height, width: pixels, divisible by 16; steps: 1 or more; precision "fp32", "bf16" or "fp8" (the DiT's
+    large products in float8, all else in bf16: faster, with a loss that the README states); None takes
+    the model's own size and steps and the fastest exact precision of its device.  capture: replay the
+    stages from CUDA graphs, or launch them one by one with the same result; None captures on a CUDA device.
+    The model's networks are converted in place.  Raises InputError for a setting that cannot be served.
     """
 
     def __init__(
@@ -62,6 +57,7 @@ class Engine:
         precision: Precision | None = None,
         height: int | None = None,
         width: int | None = None,
+        capture: bool | None = None,
     ) -> None:
         stream = model.stream
         self.model = model
@@ -69,20 +65,37 @@ class Engine:
         self.height = stream.height if height is None else height
         self.width = stream.width if width is None else width
         self.steps = stream.steps if steps is None else steps
-        self.precision: Precision = default_precision(self.device) if precision is None else precision
+        self.precision: Precision = default_precision(model) if precision is None else precision
         for name, side in (("height", self.height), ("width", self.width)):
             if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
                 raise InputError(f"{name} is {side}; it must be a positive multiple of {SIZE_MULTIPLE}")
         if self.precision not in DTYPES:
             raise InputError(f"precision is {self.precision!r}; use one of {', '.join(get_args(Precision))}")
+        if model.dit.fp8 and self.precision != "fp8":
+            raise InputError(
+                f"precision is {self.precision}, but the model's weights are float8 already; use fp8, or "
+                "load the model from its original folder"
+            )
         self.times = timesteps(self.steps, stream.shift)
+        self.capture = self.device.type == "cuda" if capture is None else capture
+        if self.capture and self.device.type != "cuda":
+            raise InputError(f"capture is True, but {self.device} has no CUDA graphs; leave it out, or False")
         dtype = DTYPES[self.precision]
-        model.dit.to(dtype).eval().requires_grad_(False)
-        model.vae.to(dtype).eval().requires_grad_(False).channels_last()
+        model.dit.prepare(dtype, fp8=self.precision == "fp8")
+        model.vae.to(dtype).eval().requires_grad_(False).prepare()
+        self._weights = model.dit.dtype, model.dit.fp8
+        self.audio_lane = Lane(self.device)
+        # On a CUDA device a session hears ahead: the next chunk's audio features overlap this chunk.
+        self.hears_ahead = self.device.type == "cuda"
+        self._lock = threading.Lock()  # of the stages
+        self._stages: Stages | None = None
+        self._closed = False
 
     def session(self, image: Picture, prompt: str = "", seed: int = 0) -> Session:
         """Start a stream.  image: a path, a Pillow image or a uint8 array [H, W, 3], scaled to cover
-        the engine's size and cropped.  Raises InputError for a picture this model cannot use."""
+        the engine's size and cropped.  Raises InputError for a picture this model cannot use, and after
+        `close`."""
+        self._check_open()
         pixels = load_image(image, self.height, self.width).to(self.device)
         with torch.inference_mode():
             stream = self.model.stream
@@ -99,7 +112,7 @@ class Engine:
         return Constants(
             Reference(model.dit.context(text, image_features), y),
             model.vae.encode(image),
-            ColorReference(image, model.stream.color_strength),
+            ColorReference.of(image, model.stream.color_strength),
         )
 
     @torch.inference_mode()
@@ -119,28 +132,50 @@ class Engine:
         noise: NoiseSource,
         stopped: Callable[[], bool],
         clock: StageClock,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Generated | None:
         """Generate one chunk from its audio windows and the past's motion latents.
 
-        `stopped` is asked after every denoising step; once it says yes the result is None.
+        motion [1, z, 1 or 2, h, w]; windows as `audio_features` returns them; `noise` draws one standard
+        normal of `latent_shape`, in the order that `modules.chunk.denoise` states.  `stopped` is asked after
+        every denoising step; once it says yes the result is None.  `meanwhile` is called once, while the
+        device is busy.  One chunk runs at a time; a second thread waits.  The first chunk prepares the
+        stages.  Raises InputError after `close`.
         """
-        model, stream = self.model, self.model.stream
-        with clock.stage("dit"):
-            audio = model.dit.audio_context(windows)
-            latent = motion
-            for partly in denoise(
-                model.dit, constants.reference, audio, motion, self.times, stream.sampler, noise
-            ):
-                latent = partly
-                if stopped():
-                    return None
-        with clock.stage("vae_decode"):
-            frames = model.vae.decode(latent).float().clamp(-1, 1)
-        with clock.stage("color"):
-            frames = constants.color.match(frames)
-        with clock.stage("vae_encode"):
-            motion = model.vae.encode(frames[:, :, -stream.motion_frames :]).float()
-        return Generated(latent, frames[:, :, stream.motion_frames :], motion)
+        with self._lock:
+            stages = self._prepare(constants, windows)
+            return stages.run(constants, motion, windows, noise, stopped, clock, meanwhile)
+
+    def close(self) -> None:
+        """Release the graphs and their buffers; no session of this engine makes another chunk."""
+        with self._lock:
+            self._closed = True
+            self._release()
+
+    def _prepare(self, constants: Constants, windows: Tensor) -> Stages:
+        """The stages that fit; made (and captured) at the first chunk, and again only should the shapes of
+        the constants or the windows change."""
+        self._check_open()
+        if (self.model.dit.dtype, self.model.dit.fp8) != self._weights:
+            raise InputError(
+                f"the model was converted after this engine was made, which runs it in {self.precision}; "
+                "load the model once for every precision"
+            )
+        if self._stages is None or self._stages.layout != layout((constants, windows)):
+            self._release()
+            self._stages = Stages(
+                self.model, self.times, self.latent_shape(), constants, windows, self.capture
+            )
+        return self._stages
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError("this engine was closed; make another")
+
+    def _release(self) -> None:
+        if self._stages is not None:
+            self._stages.close()
+            self._stages = None
 
     def latent_shape(self) -> tuple[int, ...]:
         """Of one chunk's latent: (1, z, T, h, w)."""

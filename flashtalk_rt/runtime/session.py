@@ -19,7 +19,8 @@ from .label import draw_label, label_mask
 from .timing import StageClock
 
 if TYPE_CHECKING:
-    from .engine import Constants, Engine
+    from .engine import Engine
+    from .stages import Constants
 
 Samples = Tensor | npt.NDArray[np.floating]
 
@@ -32,6 +33,16 @@ class Chunk:
     frames: Tensor  # uint8 [T, H, W, 3] RGB on the host
     audio: Tensor  # float32 [samples] on the host, what the frames were made for
     timings_ms: dict[str, float]  # stage -> milliseconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """A chunk's sound and its features; the tensors on the device belong to the engine's audio lane."""
+
+    audio: Tensor  # float32 [samples] on the host
+    ring: Tensor  # float32 [ring samples] on the device: the stream up to the chunk's end
+    windows: Tensor  # as `Engine.audio_features` returns them
+    ready: torch.cuda.Event | None  # when `windows` is computed
 
 
 class Session:
@@ -49,7 +60,9 @@ class Session:
         self._constants: Constants | None = constants
         self._motion = constants.first_motion.float()
         self._generator = torch.Generator(engine.device).manual_seed(seed)
-        self._ring = AudioRing(stream.ring_s, stream.sample_rate_hz, engine.device)
+        with engine.audio_lane.use():
+            self._ring = AudioRing(stream.ring_s, stream.sample_rate_hz, engine.device).samples()
+        self._ahead: Heard | None = None  # taken from the queue while the chunk before it was made
         self._pending: deque[Tensor] = deque()
         self._pending_samples = 0
         self._index = 0
@@ -100,49 +113,77 @@ class Session:
             yield chunk
 
     def _next(self) -> Chunk | None:
-        stream = self._engine.model.stream
         with self._lock:
-            whole = self._pending_samples >= stream.chunk_samples
-            tail = self._ended and self._pending_samples > 0
             constants = self._constants
-            if constants is None or not (whole or tail):
+            heard, self._ahead = self._ahead, None
+            audio = self._take_chunk() if heard is None else heard.audio
+            if constants is None or audio is None:
                 return None
-            audio = self._take(stream.chunk_samples)
             self._interrupted.clear()
             self._running = True
         try:
-            return self._make(audio, constants)
+            return self._make(audio, heard, constants)
         finally:
             with self._lock:
                 self._running = False
 
-    def _make(self, audio: Tensor, constants: Constants) -> Chunk | None:
+    def _make(self, audio: Tensor, heard: Heard | None, constants: Constants) -> Chunk | None:
         """The chunk that `audio` is for, or None once it was interrupted."""
         engine, stream = self._engine, self._engine.model.stream
         clock = StageClock(engine.device)
-        ring = self._ring.samples()
         with clock.stage("audio"):
-            padded = torch.zeros(stream.chunk_samples)
-            padded[: audio.numel()] = audio
-            self._ring.push(padded.to(engine.device))
-            windows = engine.audio_features(self._ring.samples())
-        stopped = self._interrupted.is_set
-        made = engine.run_chunk(constants, self._motion, windows, self._noise, stopped, clock)
+            heard = heard or self._hear(audio, self._ring)
+            engine.audio_lane.join(heard.ready)
+        ring, windows, stopped = heard.ring, heard.windows, self._interrupted.is_set
+
+        def hear_ahead() -> None:
+            if engine.hears_ahead:
+                self._hear_ahead(ring)
+
+        made = engine.run_chunk(constants, self._motion, windows, self._noise, stopped, clock, hear_ahead)
         if made is None or stopped():
-            self._ring.push(ring)  # what was never shown was never said
             return None
-        self._motion = made.motion
+        self._motion, self._ring = made.motion, ring  # what was never shown was never said
         # Whole frames only, and at least one: a tail shorter than a frame still shows its sound.
         count = max(1, min(stream.new_frames, round(audio.numel() / stream.samples_per_frame)))
-        pixels = ((made.frames[0, :, :count] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        host = draw_label(pixels.permute(1, 2, 3, 0).cpu(), self._label)
-        chunk = Chunk(self._index, host, audio, clock.timings_ms())
+        chunk = Chunk(self._index, draw_label(made.pixels[:count], self._label), audio, clock.timings_ms())
         self._index += 1
         return chunk
+
+    def _hear(self, audio: Tensor, before: Tensor) -> Heard:
+        """Audio features of a chunk, on the audio lane; `before`: the ring up to the chunk before."""
+        engine, stream = self._engine, self._engine.model.stream
+        with engine.audio_lane.use():
+            padded = torch.zeros(stream.chunk_samples)
+            padded[: audio.numel()] = audio
+            ring = AudioRing(stream.ring_s, stream.sample_rate_hz, engine.device)
+            ring.push(before)
+            ring.push(padded.to(engine.device))
+            windows = engine.audio_features(ring.samples())
+            return Heard(audio, ring.samples(), windows, engine.audio_lane.mark())
+
+    def _hear_ahead(self, ring: Tensor) -> None:
+        """Hear the next chunk, if its audio is queued, while the one whose sound ends `ring` is made."""
+        with self._lock:
+            audio = None if self._interrupted.is_set() else self._take_chunk()
+        if audio is None:
+            return
+        heard = self._hear(audio, ring)
+        with self._lock:
+            if not self._interrupted.is_set() and self._constants is not None:
+                self._ahead = heard
 
     def _drop_pending(self) -> None:
         self._pending.clear()
         self._pending_samples = 0
+        self._ahead = None
+
+    def _take_chunk(self) -> Tensor | None:
+        """The next chunk's audio out of the queue; None where there is not enough."""
+        count = self._engine.model.stream.chunk_samples
+        if self._pending_samples >= count or (self._ended and self._pending_samples):
+            return self._take(count)
+        return None
 
     def _take(self, count: int) -> Tensor:
         """The next `count` samples, or all there are."""

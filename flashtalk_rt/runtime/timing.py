@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,34 +13,48 @@ from ..profiles import nvtx
 
 
 class StageClock:
-    """Times named stages and marks them for a profiler.
+    """Times one chunk's stages from the moment it is made, and marks them for a profiler.
 
-    On CUDA a stage is a pair of events, read only when `timings_ms` is asked for (after the chunk's
-    copy to the host, when they are long done); on the CPU it is the wall clock.
+    On CUDA a moment is an event on the current stream, read only when `timings_ms` is asked for; on the CPU
+    it is the wall clock.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._wall_ms: dict[str, float] = {}
-        self._events: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+        self._device = device
+        self._start = self._now()
+        self._stages: defaultdict[str, list[tuple[Moment, Moment]]] = defaultdict(list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """What runs inside is the stage `name`, or one more part of it."""
         with nvtx.range(f"chunk/{name}"):
-            if self._cuda:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                yield
-                end.record()
-                self._events[name] = (start, end)
-            else:
-                begin = time.perf_counter()
-                yield
-                self._wall_ms[name] = (time.perf_counter() - begin) * 1e3
+            begin = self._now()
+            yield
+            self._stages[name].append((begin, self._now()))
+
+    def mark(self, name: str) -> None:
+        """`name` is the time from the clock's start until the current stream gets here."""
+        self._stages[name] = [(self._start, self._now())]
 
     def timings_ms(self) -> dict[str, float]:
-        """Stage name -> milliseconds; waits for stages still running."""
-        for name, (start, end) in self._events.items():
-            end.synchronize()
-            self._wall_ms[name] = start.elapsed_time(end)
-        return dict(self._wall_ms)
+        """Name -> milliseconds; waits for stages still running."""
+        return {name: sum(elapsed_ms(*part) for part in parts) for name, parts in self._stages.items()}
+
+    def _now(self) -> Moment:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+Moment = float | torch.cuda.Event  # seconds of the wall clock, or a point in a stream
+
+
+def elapsed_ms(begin: Moment, end: Moment) -> float:
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float) and isinstance(end, float)
+        return (end - begin) * 1e3
+    end.synchronize()
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed

@@ -1,0 +1,246 @@
+"""A chunk as stages over static buffers: the same callables, replayed from CUDA graphs or run eagerly.
+
+The stages: audio context, every denoising step, decode and colour of the first latent frame, decode and
+colour of a later one, and encoding the last frames as the next chunk's motion.  What differs between chunks
+and sessions (windows, noise, motion, session constants) is copied into the buffers between the stages, so
+another picture, prompt or seed needs no new capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..graphs.buffers import Buffers, copy_tree, layout
+from ..graphs.capture import Graphs, Work
+from ..modules.chunk import NoiseSource, Reference, predict
+from ..modules.color import ColorReference
+from ..modules.model import Model
+from ..modules.schedule import advance
+from ..modules.vae import Cache
+from .lane import Lane
+from .timing import StageClock
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """What one session's image and prompt contribute to every chunk."""
+
+    reference: Reference
+    first_motion: Tensor  # [1, z, 1, h, w]
+    color: ColorReference
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """One chunk; its frames are complete, its motion may still be computed on the current stream."""
+
+    latent: Tensor  # [1, z, T, h, w] float32, denoised
+    frames: Tensor  # [1, 3, new frames, H, W] float32 in [-1, 1]: a view, until the engine's next chunk
+    motion: Tensor  # [1, z, m, h, w] float32, for the next chunk
+    pixels: Tensor  # uint8 [new frames, H, W, 3] on the host; pinned where the device is CUDA
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The frames of one latent frame (t = 1 for the first, else 4): buffers and the stages that fill them."""
+
+    decoded: Tensor  # [1, 3, t, H, W] in [-1, 1], the VAE's dtype
+    matched: Tensor  # [1, 3, t, H, W] float32
+    pixels: Tensor  # uint8 [t, H, W, 3]
+    decode: Work
+    color: Work
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """[1, 3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
+    scaled = ((frames[0] + 1) * 127.5).round().clamp(0, 255)
+    return scaled.to(torch.uint8).permute(1, 2, 3, 0)
+
+
+class Stages:
+    """The buffers and the stages for one layout of session constants and audio windows.
+
+    One chunk runs at a time: they all use the same buffers.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        times: Sequence[float],
+        latent_shape: Sequence[int],
+        constants: Constants,
+        windows: Tensor,
+        capture: bool,
+    ) -> None:
+        """times: noise levels, the last 0; latent_shape: (1, z, T, h, w); `constants` and `windows` only
+        show the layout of what chunks will bring.  To be called, as `run`, in inference mode."""
+        self._model = model
+        # Graphs know addresses, not tensors: what they read must live as long as they do, whatever becomes of
+        # the model.
+        networks = (model.dit, model.vae)
+        self._weights = [t.data for network in networks for t in (*network.parameters(), *network.buffers())]
+        stream, device = model.stream, model.device
+        self.layout = layout((constants, windows))
+        self.buffers = buffers = Buffers(device)
+        self._constants = buffers.like("session", constants)
+        self._active: Callable[[], Constants | None] = lambda: None  # whose values the buffers hold
+        self._windows = buffers.like("windows", windows)
+        self._audio = buffers.like("audio", model.dit.audio_context(self._windows))
+        self._noise = buffers.zeros("noise", latent_shape, torch.float32)
+        self._latent = buffers.zeros("latent", latent_shape, torch.float32)
+        self._latent_frame = buffers.like("latent_frame", self._latent[:, :, :1])
+        self._cache, first, later = self._decoding_buffers()
+        height, width = first.shape[3:]
+        self._frames = buffers.zeros("frames", (1, 3, stream.frames, height, width), torch.float32)
+        self._pixels = buffers.zeros("pixels", (stream.frames, height, width, 3), torch.uint8)
+        last = model.vae.encode(self._frames[:, :, -stream.motion_frames :])
+        self._motion = buffers.zeros("motion", last.shape, torch.float32)
+
+        self.graphs = graphs = Graphs(device, capture)
+        self._audio_context = graphs.add(
+            lambda: copy_tree(self._audio, model.dit.audio_context(self._windows))
+        )
+        self._steps = [graphs.add(functools.partial(self._step, t, s)) for t, s in itertools.pairwise(times)]
+        self._first = self._block("first", first, None)
+        self._later = self._block("later", later, self._cache)
+        self._encode = graphs.add(
+            lambda: copy_tree(self._motion, model.vae.encode(self._frames[:, :, -stream.motion_frames :]))
+        )
+        self._copies = Lane(device)
+
+    def run(
+        self,
+        constants: Constants,
+        motion: Tensor,
+        windows: Tensor,
+        noise: NoiseSource,
+        stopped: Callable[[], bool],
+        clock: StageClock,
+        meanwhile: Callable[[], None],
+    ) -> Generated | None:
+        """One chunk, as `Engine.run_chunk` says."""
+        self._activate(constants)
+        with clock.stage("audio"):
+            self._windows.copy_(windows)
+            self._audio_context()
+        if not self._denoise(motion, noise, stopped, clock, meanwhile):
+            return None
+        pixels = self._decode_all(clock)
+        with clock.stage("vae_encode"):
+            self._encode()
+        self._copies.wait()
+        first_new = self._model.stream.motion_frames
+        return Generated(self._latent.clone(), self._frames[:, :, first_new:], self._motion.clone(), pixels)
+
+    def close(self) -> None:
+        """Destroy the graphs, then let go of the buffers and weights."""
+        self.graphs.close()
+        self.buffers.close()
+        self._weights.clear()
+
+    def _activate(self, constants: Constants) -> None:
+        """Have the buffers hold this session's constants.  Sessions may alternate; one that goes on pays
+        nothing."""
+        if self._active() is not constants:
+            copy_tree(self._constants, constants)
+            self._active = weakref.ref(constants)  # a closed session's tensors are not kept alive
+
+    def _denoise(
+        self,
+        motion: Tensor,
+        noise: NoiseSource,
+        stopped: Callable[[], bool],
+        clock: StageClock,
+        meanwhile: Callable[[], None],
+    ) -> bool:
+        """Leave the clean latent in its buffer; False when it was stopped first."""
+        device = self._latent.device
+        # The number of motion frames differs in the first chunk, so they are laid in outside the graphs.
+        head = self._latent[:, :, : motion.shape[2]]
+        self._latent.copy_(noise())
+        head.copy_(motion)
+        for number, step in enumerate(self._steps):
+            if self._model.stream.sampler == "renoise":
+                self._noise.copy_(noise())
+            with clock.stage("dit"):
+                step()
+                head.copy_(motion)
+            if number == 0:
+                meanwhile()
+            # The host must not queue steps ahead: an interrupt could not take them back.
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            if stopped():
+                return False
+        return True
+
+    def _decode_all(self, clock: StageClock) -> Tensor:
+        """Decode and match every latent frame; each one's new pixels leave for the host at once."""
+        first_new = self._model.stream.motion_frames
+        with torch.inference_mode(False):  # the caller may write to what it gets
+            shape = (len(self._pixels) - first_new, *self._pixels.shape[1:])
+            host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pixels.is_cuda)
+        end, sent = 0, False
+        for i in range(self._latent.shape[2]):
+            block = self._later if i else self._first
+            start, end = end, end + len(block.pixels)
+            self._latent_frame.copy_(self._latent[:, :, i : i + 1])
+            with clock.stage("vae_decode"):
+                block.decode()
+            with clock.stage("color"):
+                block.color()
+                self._frames[:, :, start:end] = block.matched
+                self._pixels[start:end] = block.pixels
+            new = max(start, first_new)
+            if new >= end:
+                continue
+            self._copies.follow()
+            with self._copies.use():
+                host[new - first_new : end - first_new].copy_(self._pixels[new:end], non_blocking=True)
+                if not sent:
+                    clock.mark("first_frame")
+                clock.mark("last_frame")
+                sent = True
+        return host
+
+    # The stages' callables.  They read and write buffers, and nothing else.
+
+    def _step(self, t: float, s: float) -> None:
+        sampler = self._model.stream.sampler
+        velocity = predict(self._model.dit, self._latent, t, self._constants.reference, self._audio)
+        fresh = self._noise if sampler == "renoise" else None
+        self._latent.copy_(advance(sampler, self._latent, velocity, t, s, fresh))
+
+    def _decode(self, into: Tensor, past: Cache | None) -> None:
+        frames, future = self._model.vae.decode_step(self._latent_frame, past, clamp=True)
+        into.copy_(frames)
+        copy_tree(self._cache, future)
+
+    def _color(self, decoded: Tensor, matched: Tensor, pixels: Tensor) -> None:
+        matched.copy_(self._constants.color.match(decoded.float()))
+        pixels.copy_(to_pixels(matched))
+
+    # Making them.
+
+    def _decoding_buffers(self) -> tuple[Cache, Tensor, Tensor]:
+        """The VAE's cache, and the frames of the first latent frame and of a later one."""
+        # Decoding two frames of nothing tells the shapes.
+        first, cache = self._model.vae.decode_step(self._latent_frame, None, clamp=True)
+        later, _ = self._model.vae.decode_step(self._latent_frame, cache, clamp=True)
+        like = self.buffers.like
+        return like("cache", cache), like("first.decoded", first), like("later.decoded", later)
+
+    def _block(self, name: str, decoded: Tensor, past: Cache | None) -> Block:
+        """The stages that decode into `decoded` and match it."""
+        matched = self.buffers.zeros(f"{name}.matched", decoded.shape, torch.float32)
+        pixels = self.buffers.zeros(f"{name}.pixels", (*decoded.shape[2:], 3), torch.uint8)
+        decode = self.graphs.add(functools.partial(self._decode, decoded, past))
+        color = self.graphs.add(functools.partial(self._color, decoded, matched, pixels))
+        return Block(decoded, matched, pixels, decode, color)

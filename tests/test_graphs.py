@@ -1,0 +1,200 @@
+"""Static buffers and the callables over them, captured (on a GPU) or eager."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtalk_rt.errors import InputError
+from flashtalk_rt.graphs.buffers import Buffers, copy_tree, layout, map_tensors, tensors
+from flashtalk_rt.graphs.capture import Graphs
+
+CPU = torch.device("cpu")
+
+
+class Scaled(NamedTuple):
+    data: Tensor
+    scale: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    left: tuple[Tensor, Tensor | None]
+    right: list[Tensor]
+    scale: float
+
+
+def pair(value: float = 1.0, scale: float = 0.5) -> Pair:
+    return Pair((torch.full((2, 3), value), None), [torch.full((4,), value, dtype=torch.bfloat16)], scale)
+
+
+def test_like_makes_named_zero_buffers_of_the_same_layout() -> None:
+    buffers = Buffers(CPU)
+    held = buffers.like("pair", pair())
+    assert isinstance(held, Pair) and held.left[1] is None and held.scale == 0.5
+    assert layout(held) == layout(pair())
+    assert [t.count_nonzero().item() for t in tensors(held)] == [0, 0]
+    assert buffers["pair.left.0"] is held.left[0] and buffers["pair.right.0"] is held.right[0]
+    assert len(buffers) == 2 and buffers.size_bytes == 6 * 4 + 4 * 2
+
+
+def test_named_tuples_keep_their_type() -> None:
+    held = Buffers(CPU).like("fp8", [Scaled(torch.ones(2), torch.ones(1))])
+    assert isinstance(held[0], Scaled) and held[0].scale.shape == (1,)
+
+
+def test_like_keeps_channels_last() -> None:
+    frames = torch.zeros(1, 4, 2, 3, 5).contiguous(memory_format=torch.channels_last_3d)
+    held = Buffers(CPU).like("frames", frames[:, :, -1:])
+    assert held.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_a_name_has_one_owner() -> None:
+    buffers = Buffers(CPU)
+    buffers.zeros("x", (2,), torch.float32)
+    with pytest.raises(ValueError, match="'x' exists"):
+        buffers.zeros("x", (2,), torch.float32)
+
+
+def test_layout_tells_shapes_dtypes_and_constants_apart() -> None:
+    assert layout(pair(1.0)) == layout(pair(2.0))
+    assert layout(pair(scale=0.5)) != layout(pair(scale=1.0))
+    assert layout([torch.zeros(2)]) != layout([torch.zeros(3)])
+    assert layout([torch.zeros(2)]) != layout([torch.zeros(2, dtype=torch.bfloat16)])
+    assert layout([torch.zeros(2)]) != layout([torch.zeros(2), torch.zeros(2)])
+
+
+def test_copy_tree_fills_in_place() -> None:
+    held = Buffers(CPU).like("pair", pair())
+    before = [t.data_ptr() for t in tensors(held)]
+    copy_tree(held, pair(3.0))
+    assert [t.data_ptr() for t in tensors(held)] == before
+    assert all(bool((t == 3).all()) for t in tensors(held))
+
+
+def test_copy_tree_refuses_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"\[1\] into a buffer of \[4\]"):
+        copy_tree([torch.zeros(4)], [torch.ones(1)])
+    with pytest.raises(ValueError):
+        copy_tree([torch.zeros(4)], [torch.zeros(4), torch.zeros(4)])
+
+
+def test_poison_reaches_every_buffer() -> None:
+    buffers = Buffers(CPU)
+    buffers.like("pair", pair())
+    buffers.zeros("pixels", (3,), torch.uint8)
+    buffers.poison()
+    assert bool(buffers["pair.left.0"].isnan().all()) and bool(buffers["pair.right.0"].isnan().all())
+    assert buffers["pixels"].tolist() == [255] * 3
+
+
+def test_close_lets_go() -> None:
+    buffers = Buffers(CPU)
+    buffers.zeros("x", (2,), torch.float32)
+    buffers.close()
+    assert len(buffers) == 0 and buffers.size_bytes == 0
+
+
+def test_map_names_paths() -> None:
+    names: list[str] = []
+    map_tensors(lambda name, _: names.append(name), pair(), "p")
+    assert names == ["p.left.0", "p.right.0"]
+
+
+def test_eager_runs_the_callable_itself_and_not_before_it_is_asked() -> None:
+    calls: list[int] = []
+    graphs = Graphs(CPU, capture=False)
+    work = graphs.add(lambda: calls.append(1))
+    assert calls == [] and not graphs.captured
+    work()
+    work()
+    assert calls == [1, 1] and len(graphs) == 0
+    graphs.close()
+
+
+def test_capture_on_a_cpu_is_refused() -> None:
+    with pytest.raises(InputError, match="cpu"):
+        Graphs(CPU, capture=True)
+
+
+def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls to torch.cuda, stood in for: warm up and capture on one side stream that waits for what came
+    before, one pool for all graphs, and no further call of the callable."""
+    events: list[str] = []
+    fake = mock.MagicMock()
+    fake.Stream.return_value.wait_stream = lambda other: events.append("side waits")
+    fake.current_stream.return_value.wait_stream = lambda other: events.append("current waits")
+    fake.graph.return_value.__enter__ = lambda *_: events.append("capture")
+    fake.graph.return_value.__exit__ = lambda *_: events.append("end")
+    for name in ("Stream", "current_stream", "stream", "graph", "CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: events.append(name))
+    graphs = Graphs(torch.device("cuda", 0), capture=True)
+    replays = [graphs.add(lambda: events.append("work")) for _ in range(2)]
+    assert events == 2 * ["side waits", "work", "capture", "work", "end", "current waits"]
+    pools = {call.kwargs["pool"] for call in fake.graph.call_args_list}
+    assert pools == {fake.graph_pool_handle.return_value} and fake.graph_pool_handle.call_count == 1
+    streams = {call.kwargs["stream"] for call in fake.graph.call_args_list}
+    assert streams == {fake.Stream.return_value}
+    del events[:]
+    for replay in replays:
+        replay()
+    assert events == [] and fake.CUDAGraph.return_value.replay.call_count == 2 == len(graphs)
+    graphs.close()
+    graphs.close()
+    assert events == ["synchronize", "empty_cache"] and len(graphs) == 0
+    assert fake.CUDAGraph.return_value.reset.call_count == 2
+
+
+@pytest.mark.gpu
+def test_captured_equals_eager_over_the_same_buffers() -> None:
+    device = torch.device("cuda", 0)
+    buffers = Buffers(device)
+    x, y = (buffers.zeros(name, (256, 256), torch.float32) for name in "xy")
+
+    def square() -> None:
+        y.copy_(x @ x)
+
+    def double() -> None:
+        y.mul_(2)
+
+    graphs = Graphs(device, capture=True)
+    first, second = graphs.add(square), graphs.add(double)
+    for seed in range(3):
+        value = torch.randn(256, 256, device=device, generator=torch.Generator(device).manual_seed(seed))
+        x.copy_(value)
+        square()
+        double()
+        eager = y.clone()
+        buffers.poison()
+        x.copy_(value)
+        first()
+        second()
+        assert torch.equal(y, eager)
+    assert len(graphs) == 2
+    graphs.close()
+    graphs.close()
+    assert len(graphs) == 0
+
+
+@pytest.mark.gpu
+def test_the_graphs_share_one_pool_and_close_returns_it() -> None:
+    device = torch.device("cuda", 0)
+    buffers = Buffers(device)
+    x = buffers.zeros("x", (64 << 20,), torch.float32)  # 256 MiB, as is every temporary below
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    graphs = Graphs(device, capture=True)
+    for _ in range(4):
+        graphs.add(lambda: x.copy_(x.sin().cos()))
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved(device) - before
+    assert 0 < held <= 3 * x.nbytes, "four graphs hold the temporaries of one"
+    graphs.close()
+    assert torch.cuda.memory_reserved(device) <= before
