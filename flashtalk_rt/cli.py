@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -36,6 +36,12 @@ DEFAULT_PROMPT = "A person is talking."
 EMBEDDED_NOTICE = (
     "embedded model: a toy that animates drawn cartoon faces only; give --checkpoint FOLDER for photographs"
 )
+# A command that is declared in a module of its own, imported only when it is used.
+DELEGATED: Any = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+PRECISION_HELP = f"{' or '.join(get_args(Precision))}."
 # Every usage error of typer; its other names moved between typer's releases.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -142,7 +148,7 @@ def generate(
         str | None,
         typer.Option(help="HEIGHTxWIDTH, as 768x448, each divisible by 16. Default: the model's."),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: by device.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} Default: by device.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
 ) -> None:
     """Make a talking video, as long as the speech.
@@ -151,13 +157,8 @@ def generate(
     """
     stop = cast(Stop, context.obj)
     stop.kept = "nothing was written"
-    if steps is not None and steps < 1:
-        raise InputError(f"--steps is {steps}; it must be 1 or more")
-    height, width = parse_size(size) if size is not None else (None, None)
-    chosen = parse_precision(precision) if precision is not None else None
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"--device is {device!r}; use cpu, cuda or cuda:N")
-
+    height, width, chosen = check_settings(size, steps, precision)
+    check_device_name(device)
     from .media import AudioReader, VideoWriter, check_output
     from .modules.image import open_image
 
@@ -253,6 +254,23 @@ def progress_bar(samples: int, stream: StreamConfig) -> Progress:
     return bar
 
 
+def check_settings(
+    size: str | None, steps: int | None, precision: str | None
+) -> tuple[int | None, int | None, Precision | None]:
+    """Height, width and precision as given; InputError for what cannot be."""
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps is {steps}; it must be 1 or more")
+    height, width = parse_size(size) if size is not None else (None, None)
+    return height, width, None if precision is None else parse_precision(precision)
+
+
+def check_folders(**outputs: Path | None) -> None:
+    """InputError for an output, by its option's name, in a folder that does not exist."""
+    for name, path in outputs.items():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"--{name} {path}: its folder does not exist")
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """ "768x448" -> (height, width); InputError otherwise."""
     match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
@@ -280,6 +298,11 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return DTYPES[precision]
 
 
+def check_device_name(device: str | None) -> None:
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device is {device!r}; use cpu, cuda or cuda:N")
+
+
 def check_device(device: str | None) -> None:
     """InputError when `device` names a GPU that torch does not see."""
     import torch
@@ -298,7 +321,7 @@ def check_device(device: str | None) -> None:
 def convert(
     folder: Annotated[Path, typer.Argument(help="A model folder, published or converted.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
-    precision: Annotated[str, typer.Option(help="Of the DiT: bf16 or fp32.")] = "bf16",
+    precision: Annotated[str, typer.Option(help=f"Of the DiT: {PRECISION_HELP}")] = "bf16",
 ) -> None:
     """Rewrite a checkpoint folder as safetensors that load fast and hold everything needed."""
     chosen = parse_precision(precision)
@@ -306,7 +329,7 @@ def convert(
         raise InputError(f"checkpoint {folder} is not a folder that exists; check the path")
     from .modules.convert import convert as rewrite
 
-    rewrite(folder, out, dtype_of(chosen))
+    rewrite(folder, out, dtype_of(chosen), fp8=chosen == "fp8")
     say(f"{out}: written in {chosen}")
 
 
@@ -321,13 +344,32 @@ def doctor() -> None:
     Console().print(report(REGISTRY))
 
 
-@app.command(
-    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command(**DELEGATED)
+def bench(context: typer.Context) -> None:
+    """Time the 14B model beside its budgets: `flashtalk bench --help`."""
+    from .bench.command import app as command
+
+    delegate(context, command, "bench")
+
+
+@app.command(**DELEGATED)
+def profile(context: typer.Context) -> None:
+    """Trace one chunk, and show its time by stage and kernel: `flashtalk profile --help`."""
+    from .profile import app as command
+
+    delegate(context, command, "profile")
+
+
+@app.command(**DELEGATED)
 def train(context: typer.Context) -> None:
     """Train: `flashtalk train --help` lists the stages."""
-    from .training.world.commands import app as stages  # only now: it brings torch
+    from .training.world.commands import app as stages
 
-    typer.main.get_command(stages).main(
-        context.args, prog_name="flashtalk train", obj=context.obj, standalone_mode=False
+    delegate(context, stages, "train")
+
+
+def delegate(context: typer.Context, command: typer.Typer, name: str) -> None:
+    """Hand the rest of the command line to a command whose module brings torch."""
+    typer.main.get_command(command).main(
+        context.args, prog_name=f"flashtalk {name}", obj=context.obj, standalone_mode=False
     )

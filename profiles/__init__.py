@@ -1,4 +1,4 @@
-"""Profiler ranges, and the measured runs under `results/`."""
+"""Profiler ranges, timing, floors, budgets and result files; the measured runs are under `results/`."""
 
 if __name__ != "flashtalk_rt.profiles":
     raise ImportError(

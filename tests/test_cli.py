@@ -200,7 +200,7 @@ CHEAP = [
     ("steps", "-3", "--steps is -3"),
     ("steps", "four", "--steps"),
     ("seed", "-1", "--seed"),
-    ("precision", "fp8", "fp32, bf16"),
+    ("precision", "fp16", "fp32, bf16, fp8"),
     ("device", "tpu", "cpu, cuda"),
     ("out", "none/a.mp4", "does not exist"),
     ("out", "a.avi", "must end in .mp4"),

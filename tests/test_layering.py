@@ -25,9 +25,22 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"modules", "ops", "parallel"},
     "media": {"modules"},
 }
-OPEN = {"config", "errors", "profiles.nvtx"}  # to every layer
-LEAVES = {"errors": set(), "config": {"errors"}, "profiles.nvtx": {"config"}}  # what the open ones may import
-TOP = {"", "__main__", "cli", "demo", "doctor"}  # may import everything; "" is flashtalk_rt/__init__.py
+OPEN = {"config", "errors", "profiles.nvtx", "profiles.record"}  # to every layer
+LEAVES = {
+    "errors": set(),
+    "config": {"errors"},
+    "profiles.nvtx": {"config"},
+    "profiles.record": {"errors"},
+}  # what the open ones may import
+TOP = {
+    "",
+    "__main__",
+    "bench",
+    "cli",
+    "demo",
+    "doctor",
+    "profile",
+}  # may import everything; "" is flashtalk_rt/__init__.py
 
 
 def imports(module: str, is_package: bool, tree: ast.AST) -> Iterator[tuple[int, str]]:

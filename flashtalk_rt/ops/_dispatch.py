@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -91,6 +93,12 @@ class OpSpec:
         if not names or len(set(names)) != len(names):
             raise ValueError(f"op {self.name}: backends {names} must be distinct, and at least one")
 
+    @property
+    def plain(self) -> str:
+        """The backend that always can: "torch", or else the least wanted."""
+        names = [backend.name for backend in self.backends]
+        return "torch" if "torch" in names else names[-1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -132,7 +140,20 @@ def choose(op: OpSpec, situation: Situation) -> Choice:
     raise InputError(f"{op.name}: no backend serves {situation} ({reasons})")
 
 
-@torch.compiler.assume_constant_result
+_plainly: ContextVar[bool] = ContextVar("plainly", default=False)
+
+
+@contextmanager
+def plain_backends() -> Iterator[None]:
+    """Inside, plain torch serves every op that nobody chose a backend for: what kernels are compared with."""
+    token = _plainly.set(True)
+    try:
+        yield
+    finally:
+        _plainly.reset(token)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_for(
     op: OpSpec,
     device: torch.device,
@@ -146,6 +167,8 @@ def backend_for(
 
     `wanted`: the caller's own choice, obeyed or refused with InputError, never replaced.
     """
+    if wanted is None and _plainly.get():
+        return op.plain
     return _backend_for(op, device, dtype, head_dim, grad, wanted, key_mask)
 
 

@@ -1,0 +1,86 @@
+"""How long a callable takes on the device that runs it: CUDA events on a GPU, the wall clock on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Repeated measurements of one thing, in milliseconds, in the order they were taken."""
+
+    samples_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples_ms:
+            raise ValueError("a timing needs at least one sample")
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.samples_ms)
+
+    @property
+    def p95_ms(self) -> float:
+        """Nearest rank: the smallest sample that 95 % of all do not exceed."""
+        ordered = sorted(self.samples_ms)
+        return ordered[-(-95 * len(ordered) // 100) - 1]
+
+    @property
+    def spread_ms(self) -> float:
+        """From the fastest to the slowest."""
+        return max(self.samples_ms) - min(self.samples_ms)
+
+
+def measure(
+    work: Callable[..., Any],
+    device: torch.device,
+    inputs: Sequence[Sequence[Any]] = ((),),
+    repeats: int = 20,
+    warm_ups: int = 3,
+) -> Timing:
+    """Time `work(*inputs[i])`, taking the inputs in turn, after `warm_ups` calls that do not count.
+
+    On CUDA every sample is the time between two events around the call on the current stream, and the host
+    waits only at the end; on a CPU it is the call's wall clock.  Pass several inputs (`rotation`) where one
+    would stay in the cache between calls.
+    """
+    turns = itertools.cycle(inputs)
+    for _ in range(warm_ups):
+        work(*next(turns))
+    if device.type != "cuda":
+        samples_ms = []
+        for _ in range(repeats):
+            arguments = next(turns)
+            begin = time.perf_counter()
+            work(*arguments)
+            samples_ms.append((time.perf_counter() - begin) * 1e3)
+        return Timing(tuple(samples_ms))
+    stream = torch.cuda.current_stream(device)
+    events = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        arguments = next(turns)
+        start.record(stream)
+        work(*arguments)
+        end.record(stream)
+        events.append((start, end))
+    stream.synchronize()
+    return Timing(tuple(start.elapsed_time(end) for start, end in events))
+
+
+def rotation(make: Callable[[], T], size_bytes: int, device: torch.device) -> list[T]:
+    """Inputs of `size_bytes` each, as many as it takes for none to be in the L2 cache when its turn comes
+    again; one on a CPU, where the tests run and nothing is claimed."""
+    if device.type != "cuda":
+        return [make()]
+    l2_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return [make() for _ in range(1 + -(-2 * l2_bytes // max(1, size_bytes)))]

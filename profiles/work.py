@@ -1,0 +1,190 @@
+"""How much arithmetic the networks ask for: every product, attention and convolution, from the configs alone.
+
+A multiplication and an addition are two operations.  What is left out is below one percent: norms, rotations,
+softmax, modulation, patch embedding, time and audio projections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+from ..config import DiTConfig, StreamConfig, VAEConfig
+
+# Whether each of the VAE's three scale changes also halves the frame rate, in the encoder's order.
+TEMPORAL = (False, True, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """[m, k] x [k, n]."""
+
+    m: int
+    k: int
+    n: int
+
+    @property
+    def flop(self) -> int:
+        return 2 * self.m * self.k * self.n
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Softmax attention, unmasked: `batch` times `heads` heads."""
+
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    batch: int = 1
+
+    @property
+    def flop(self) -> int:
+        return 4 * self.batch * self.heads * self.queries * self.keys * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A convolution to [out_dim, frames, height, width]; its input has what a causal cache adds in time and
+    zero padding in space."""
+
+    in_dim: int
+    out_dim: int
+    kernel: tuple[int, int, int]
+    frames: int
+    height: int
+    width: int
+    stride: tuple[int, int, int] = (1, 1, 1)
+
+    @property
+    def flop(self) -> int:
+        taps = self.kernel[0] * self.kernel[1] * self.kernel[2]
+        return 2 * self.in_dim * self.out_dim * taps * self.frames * self.height * self.width
+
+
+Work = Gemm | Attention | Convolution
+
+
+def total_flop(work: Iterable[Work]) -> int:
+    return sum(item.flop for item in work)
+
+
+def tokens(stream: StreamConfig) -> int:
+    """Of one chunk: latent frames times a quarter of the latent pixels."""
+    return stream.latent_frames * (stream.height // 16) * (stream.width // 16)
+
+
+def dit_linears(config: DiTConfig, stream: StreamConfig) -> list[Work]:
+    """The linear layers of one denoising step, query, key and value of self-attention as one product.
+    Keys and values of text, image and audio are constants of the session or the chunk."""
+    count, dim = tokens(stream), config.dim
+    layer: list[Work] = [
+        Gemm(count, dim, 3 * dim),
+        *[Gemm(count, dim, dim)] * 5,  # self out; cross query and out; audio query and out
+        Gemm(count, dim, config.ffn_dim),
+        Gemm(count, config.ffn_dim, dim),
+    ]
+    return layer * config.num_layers
+
+
+def dit_self_attention(config: DiTConfig, stream: StreamConfig) -> list[Work]:
+    count = tokens(stream)
+    return [Attention(config.num_heads, count, count, config.head_dim)] * config.num_layers
+
+
+def dit_cross_attention(config: DiTConfig, stream: StreamConfig, image_tokens: int = 257) -> list[Work]:
+    """To text (all `text_len` keys), image and, each latent frame to its own, audio."""
+    count, heads, head_dim = tokens(stream), config.num_heads, config.head_dim
+    frames = stream.latent_frames
+    layer: list[Work] = [
+        Attention(heads, count, config.text_len, head_dim),
+        Attention(heads, count, image_tokens, head_dim),
+        Attention(heads, count // frames, config.context_tokens, head_dim, batch=frames),
+    ]
+    return layer * config.num_layers
+
+
+def dit_step(config: DiTConfig, stream: StreamConfig) -> list[Work]:
+    """One denoising step."""
+    return (
+        dit_linears(config, stream) + dit_self_attention(config, stream) + dit_cross_attention(config, stream)
+    )
+
+
+def _residual_block(in_dim: int, out_dim: int, frames: int, height: int, width: int) -> list[Work]:
+    size = (frames, height, width)
+    convs: list[Work] = [
+        Convolution(in_dim, out_dim, (3, 3, 3), *size),
+        Convolution(out_dim, out_dim, (3, 3, 3), *size),
+    ]
+    return convs if in_dim == out_dim else [*convs, Convolution(in_dim, out_dim, (1, 1, 1), *size)]
+
+
+def _middle(dim: int, frames: int, height: int, width: int) -> list[Work]:
+    pixels, size = height * width, (frames, height, width)
+    return [
+        *_residual_block(dim, dim, *size) * 2,
+        Convolution(dim, 3 * dim, (1, 1, 1), *size),
+        Convolution(dim, dim, (1, 1, 1), *size),
+        Attention(1, pixels, pixels, dim, batch=frames),
+    ]
+
+
+def vae_decode_frame(config: VAEConfig, stream: StreamConfig, first: bool) -> list[Work]:
+    """Decoding one latent frame, the `first` of a video or a later one.  Upsampling is counted as a
+    convolution of the large picture: the four small ones it can be split into take 2.25 times less."""
+    widths = tuple(reversed(config.dim_mult))
+    dims = [config.dim * m for m in (widths[0], *widths)]
+    frames, height, width = 1, stream.height // 8, stream.width // 8
+    work: list[Work] = [Convolution(config.z_dim, dims[0], (3, 3, 3), frames, height, width)]
+    work += _middle(dims[0], frames, height, width)
+    for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
+        start = in_dim // 2 if level else in_dim
+        for block in range(config.num_res_blocks + 1):
+            work += _residual_block(start if block == 0 else out_dim, out_dim, frames, height, width)
+        if level == len(TEMPORAL):
+            continue
+        if TEMPORAL[-1 - level] and not first:
+            work.append(Convolution(out_dim, 2 * out_dim, (3, 1, 1), frames, height, width))
+            frames *= 2
+        height, width = 2 * height, 2 * width
+        work.append(Convolution(out_dim, out_dim // 2, (1, 3, 3), frames, height, width))
+    return [*work, Convolution(dims[-1], 3, (3, 3, 3), frames, height, width)]
+
+
+def vae_decode(config: VAEConfig, stream: StreamConfig) -> list[Work]:
+    """Decoding a chunk."""
+    later = vae_decode_frame(config, stream, first=False)
+    return vae_decode_frame(config, stream, first=True) + later * (stream.latent_frames - 1)
+
+
+def _encode_step(config: VAEConfig, stream: StreamConfig, frames: int) -> list[Work]:
+    """Encoding one frame, the first, or the four of a later latent frame."""
+    dims = [config.dim * m for m in (1, *config.dim_mult)]
+    height, width, first = stream.height, stream.width, frames == 1
+    work: list[Work] = [Convolution(3, dims[0], (3, 3, 3), frames, height, width)]
+    for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
+        for block in range(config.num_res_blocks):
+            work += _residual_block(in_dim if block == 0 else out_dim, out_dim, frames, height, width)
+        if level == len(TEMPORAL):
+            continue
+        height, width = height // 2, width // 2
+        work.append(Convolution(out_dim, out_dim, (1, 3, 3), frames, height, width, stride=(1, 2, 2)))
+        if TEMPORAL[level] and not first:
+            frames //= 2
+            work.append(Convolution(out_dim, out_dim, (3, 1, 1), frames, height, width, stride=(2, 1, 1)))
+    work += _middle(dims[-1], frames, height, width)
+    return [*work, Convolution(dims[-1], 2 * config.z_dim, (3, 3, 3), frames, height, width)]
+
+
+def vae_encode(config: VAEConfig, stream: StreamConfig) -> list[Work]:
+    """Encoding a chunk's last frames as the next one's motion."""
+    later = _encode_step(config, stream, 4) * ((stream.motion_frames - 1) // 4)
+    return _encode_step(config, stream, 1) + later
+
+
+def color_bytes(stream: StreamConfig) -> int:
+    """The least that matching a chunk's colours moves: every pixel read for the statistics, read again and
+    written, as float32, and written as uint8."""
+    return stream.frames * stream.height * stream.width * 3 * (3 * 4 + 1)

@@ -1,0 +1,58 @@
+"""The latency suite against the device's budgets: `pytest --benchmark tests/benchmarks`.
+
+Every case writes profiles/results/latency-*.json, prints its tables, and fails on a breach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+from rich.console import Console
+
+from flashtalk_rt.bench import measure, published_model, table
+from flashtalk_rt.config import Precision
+from flashtalk_rt.profiles.budgets import load_budgets
+from flashtalk_rt.profiles.record import check_latency, result_name, write_result
+
+RESULTS = Path(__file__).parents[2] / "profiles" / "results"
+CASES = [
+    pytest.param(height, width, steps, precision, id=f"{height}x{width}-{steps}-{precision}")
+    for precision in get_args(Precision)
+    if precision != "fp32"  # 19 billion parameters do not fit
+    for height, width, steps in ((768, 448, 4), (768, 448, 2), (768, 448, 1), (720, 416, 4))
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.latency
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("height", "width", "steps", "precision"), CASES)
+def test_latency(
+    benchmark: BenchmarkFixture,
+    capsys: pytest.CaptureFixture[str],
+    height: int,
+    width: int,
+    steps: int,
+    precision: Precision,
+) -> None:
+    def repeat(call: Callable[[], object], times: int) -> None:
+        benchmark.pedantic(call, rounds=times, iterations=1)
+
+    model = published_model(None, height, width)
+    record = measure(model, steps, precision, height, width, repeat=repeat)
+    check_latency(record, "the suite's result")
+    path = RESULTS / result_name(record)
+    write_result(path, record)
+    benchmark.extra_info.update(record["figures"])
+    budgets = load_budgets(record["device"])
+    with capsys.disabled():
+        console = Console(width=160)
+        console.print()
+        console.print(table(record, budgets))
+        console.print(str(path))
+    if budgets is not None:
+        budgets.check(record)

@@ -1,0 +1,231 @@
+"""The latency suite and the profiler, end to end on the CPU with tiny random models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from rich.console import Console, RenderableType
+
+from flashtalk_rt import bench, ops
+from flashtalk_rt import profile as profiler
+from flashtalk_rt.bench import models, plain, report
+from flashtalk_rt.cli import main
+from flashtalk_rt.config import StreamConfig
+from flashtalk_rt.errors import FlashTalkError, InputError, OutputError
+from flashtalk_rt.modules.model import Model
+from flashtalk_rt.ops import _dispatch
+from flashtalk_rt.profiles.budgets import Budget, Budgets
+from flashtalk_rt.profiles.record import check_latency, read_latency, write_result
+from flashtalk_rt.runtime import Engine
+
+CPU = torch.device("cpu")
+PLAN = bench.Plan(chunks=3, repeats=1, compiler="eager", workloads=False, copy_bytes=1 << 16)
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[dict[str, Any], list[str], list[int]]:
+    """The result of a run, what it logged, and how often chunks were asked for at a time."""
+    lines: list[str] = []
+    asked: list[int] = []
+
+    def repeat(call: Callable[[], object], times: int) -> None:
+        asked.append(times)
+        for _ in range(times):
+            call()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ops, "REGISTRY", [spec for spec in ops.REGISTRY if spec.name in ("adaln", "layer_norm")]
+        )
+        record = bench.measure(tiny.model(), 2, "fp32", 32, 48, PLAN, repeat=repeat, log=lines.append)
+    return record, lines, asked
+
+
+def shown(renderable: RenderableType) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_a_run_gives_a_valid_result(measured: tuple[Any, ...], tmp_path: Path) -> None:
+    record, lines, asked = measured
+    check_latency(record, "the run")
+    assert asked == [3] and len(lines) == 5
+    assert (record["height"], record["width"], record["steps"], record["precision"]) == (32, 48, 2, "fp32")
+    assert record["gpus"] == 0 and record["commit"]
+    figures = record["figures"]
+    assert figures["first_frame_ms"] < figures["last_frame_ms"] < figures["chunk_ms"]
+    assert 2 * figures["dit_step_ms"] + figures["vae_decode_ms"] < figures["chunk_ms"]
+    assert set(record["errors"]) == {"dit_step", "vae_decode"} and max(record["errors"].values()) < 1e-4
+    assert set(record["ops"]) == {"adaln", "layer_norm"}
+    assert all(
+        row["ms"] > 0 and row["floor_ms"] > 0 and row["reference_ms"] > 0 for row in record["ops"].values()
+    )
+    path = tmp_path / "result.json"
+    write_result(path, record)
+    assert read_latency(path) == record
+
+
+def test_the_table_says_there_are_no_budgets(measured: tuple[Any, ...]) -> None:
+    text = shown(bench.table(measured[0], None))
+    assert "no budgets for this device" in text and "dit step" in text and "adaln" in text
+
+
+def test_the_table_shows_budgets_or_why_none_hold(measured: tuple[Any, ...]) -> None:
+    record = measured[0]
+    one = (Budget("dit_step_ms", target=12345.0, stretch=1234.0, published=54321.0),)
+    text = shown(bench.table(record, Budgets(record["device"], 0, 32, 48, one)))
+    assert "12,345" in text and "1,234" in text and "54,321" in text and "no budgets" not in text
+    assert "no budgets for this size" in shown(bench.table(record, Budgets("it", 1, 768, 448, one)))
+
+
+def test_numbers() -> None:
+    assert [report.number(x) for x in (None, 0.123456, 12.0, 54321.6)] == ["-", "0.1235", "12", "54,322"]
+    assert report.ratio(3.0, None) == "-" and report.ratio(3.0, 2.0) == "1.50"
+
+
+def test_the_plot(measured: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = measured[0]
+    bench.plot(record, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match=r"plot\.what"):
+        bench.plot(record, tmp_path / "plot.what")
+    with pytest.raises(OutputError, match="cannot be written"):
+        bench.plot(record, tmp_path / "no" / "plot.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="needs matplotlib"):
+        bench.plot(record, tmp_path / "other.png")
+
+
+# --- correctness before speed -----------------------------------------------------------------------
+
+
+STREAM = dataclasses.replace(tiny.STREAM, height=32, width=32)
+
+
+@pytest.mark.parametrize("network", ["dit", "vae"])
+@pytest.mark.parametrize("damage", [0.02, float("nan")])
+def test_a_wrong_result_is_not_timed(network: str, damage: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Damaging(Engine):
+        """Changes one weight of the network while it prepares it."""
+
+        def __init__(self, model: Model, *arguments: Any, **more: Any) -> None:
+            super().__init__(model, *arguments, **more)
+            parts = {"dit": model.dit.head.head.weight, "vae": model.vae.conv2.weight}
+            with torch.no_grad():
+                parts[network] += damage
+
+    monkeypatch.setattr(plain, "Engine", Damaging)
+    with pytest.raises(FlashTalkError, match=r"(dit_step|vae_decode) in fp32 is off by .* nothing was timed"):
+        plain.check_results(tiny.model(), STREAM, "fp32")
+
+
+def test_right_results_pass() -> None:
+    assert max(plain.check_results(tiny.model(), STREAM, "fp32").values()) < 1e-5
+    assert 1e-4 < max(plain.check_results(tiny.model(), STREAM, "bf16").values()) < 0.1
+
+
+def test_the_plain_path_uses_the_plain_backend_and_only_inside() -> None:
+    spec = _dispatch.OpSpec("made_up", (_dispatch.Backend("fast", lambda _: None), _dispatch.TORCH))
+
+    def backend() -> str:
+        return _dispatch.backend_for(spec, CPU, torch.float32)
+
+    assert backend() == "fast"
+    with pytest.raises(KeyError), ops.plain_backends():
+        assert backend() == "torch"
+        raise KeyError
+    assert backend() == "fast"
+
+
+# --- models ------------------------------------------------------------------------------------------
+
+
+def test_a_random_model_listens_with_wav2vec2_and_streams() -> None:
+    config = dataclasses.replace(tiny.DIT, audio_blocks=12, audio_dim=768)
+    stream = StreamConfig(height=16, width=16, steps=1)
+    model = models.random_model(CPU, config, tiny.VAE_SMALL, stream)
+    assert {p.dtype for network in model.networks() for p in network.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+    engine = Engine(model, precision="fp32")
+    session = engine.session(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
+    session.push_audio(0.1 * torch.randn(stream.chunk_samples))
+    (chunk,) = session
+    assert chunk.frames.shape == (28, 16, 16, 3)
+
+
+def test_the_14b_model_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="needs a GPU"):
+        bench.published_model("cpu")
+
+
+def test_the_commands_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    for command in (["bench"], ["profile", "--checkpoint", "random"]):
+        assert main([*command, "--out", str(tmp_path / "out.json")]) == 2
+        assert "needs a GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["bench", "--steps", "0"], "--steps is 0"),
+        (["bench", "--size", "768"], "--size is '768'"),
+        (["bench", "--precision", "int4"], "--precision is 'int4'"),
+        (["bench", "--out", "no/such/bench.json"], "--out no/such/bench.json"),
+        (["bench", "--plot", "no/such/plot.png"], "--plot no/such/plot.png"),
+        (["profile", "--device", "tpu"], "--device is 'tpu'"),
+        (["profile", "--out", "no/such/trace.json"], "--out no/such/trace.json"),
+        (["profile", "--steps", "-1"], "--steps is -1"),
+        (["bench", "--what"], "--what"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert named in capsys.readouterr().err
+
+
+# --- the profiler --------------------------------------------------------------------------------------
+
+
+def test_profile_writes_a_trace_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.json"
+    command = ["profile", "--device", "cpu", "--precision", "fp32", "--steps", "2", "--size", "32x48"]
+    assert main([*command, "--out", str(trace)]) == 0
+    text = capsys.readouterr().out
+    for named in ("audio", "dit", "vae decode", "color", "vae encode", "TFLOP/s", "aten::"):
+        assert named in text
+    events = json.loads(trace.read_text())["traceEvents"]
+    ranges = [event["name"] for event in events if str(event.get("name")).startswith("chunk/")]
+    assert ranges.count("chunk/dit") == 2 and ranges.count("chunk/vae_decode") == 9
+    assert {"chunk/audio", "chunk/color", "chunk/vae_encode"} <= set(ranges)
+
+
+def test_a_profile_adds_up(tmp_path: Path) -> None:
+    engine = Engine(tiny.model(), steps=2, precision="fp32", height=32, width=32)
+    made = profiler.profile_chunk(engine, tmp_path / "trace.json")
+    assert [stage.name for stage in made.stages] == ["audio", "dit", "vae_decode", "color", "vae_encode"]
+    assert all(stage.ms > 0 for stage in made.stages)
+    times = [kernel.ms for kernel in made.kernels]
+    assert times == sorted(times, reverse=True) and all(kernel.calls > 0 for kernel in made.kernels)
+    assert not [kernel.name for kernel in made.kernels if kernel.name.startswith("chunk/")]
+    # Operators on one thread take no longer than the stages that hold them, and most of that.
+    assert 0.3 < sum(times) / sum(stage.ms for stage in made.stages) < 1.1
+    dit = made.stages[1]
+    assert dit.flop == 2 * sum(item.flop for item in profiler.work.dit_step(tiny.DIT, STREAM))
+
+
+def test_a_trace_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    engine = Engine(tiny.model(), steps=1, precision="fp32", height=16, width=16)
+    with pytest.raises(OutputError, match="cannot be written"):
+        profiler.profile_chunk(engine, tmp_path / "no" / "trace.json")

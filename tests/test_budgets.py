@@ -1,0 +1,310 @@
+"""Budgets as data, result files, and the arithmetic that floors are made of."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
+from flashtalk_rt.errors import InputError, OutputError
+from flashtalk_rt.profiles import budgets as budgets_module
+from flashtalk_rt.profiles import floors, record, timing, work
+from flashtalk_rt.profiles.budgets import Budget, BudgetError, Budgets, load_budgets
+from flashtalk_rt.profiles.record import FIGURES, check_latency, read_latency, write_result
+
+CPU = torch.device("cpu")
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    """A latency result of an H100 that keeps every budget."""
+    figures = {
+        "dit_step_ms": 700.0,
+        "vae_decode_ms": 200.0,
+        "vae_encode_ms": 20.0,
+        "color_ms": 0.9,
+        "chunk_ms": 3100.0,
+        "first_frame_ms": 2900.0,
+        "peak_memory_gb": 50.0,
+    }
+    return {
+        "device": H100,
+        "gpus": 1,
+        "commit": "abc1234",
+        "torch": "2.13.0",
+        "precision": "bf16",
+        "height": 768,
+        "width": 448,
+        "steps": 4,
+        "figures": figures,
+        "floors": {**figures, "dit_step_ms": 660.0, "peak_memory_gb": None},
+        "reference": {**figures, "peak_memory_gb": None},
+        "spreads": dict.fromkeys(figures, 0.0),
+        **changes,
+    }
+
+
+def with_figure(name: str, value: float, **changes: Any) -> dict[str, Any]:
+    made = result(**changes)
+    made["figures"][name] = value
+    return made
+
+
+def h100() -> Budgets:
+    found = load_budgets(H100)
+    assert found is not None
+    return found
+
+
+# --- budgets ----------------------------------------------------------------------------------------
+
+
+def test_a_result_within_its_budgets_passes() -> None:
+    h100().check(result())
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "changes", "budget"),
+    [
+        ("dit_step_ms", 731.0, {}, "730"),
+        ("dit_step_ms", 491.0, {"precision": "fp8"}, "490"),
+        ("vae_decode_ms", 220.5, {}, "220"),
+        ("vae_encode_ms", 22.1, {}, "22"),
+        ("color_ms", 1.01, {}, "1"),
+        ("chunk_ms", 3201.0, {}, "3200"),
+        ("chunk_ms", 2301.0, {"precision": "fp8"}, "2300"),
+        ("chunk_ms", 751.0, {"precision": "fp8", "steps": 1}, "750"),
+        ("peak_memory_gb", 36.1, {"precision": "fp8"}, "36"),
+        ("first_chunk_ms", 30_001.0, {}, "30000"),
+        ("color_ms", float("nan"), {}, "1"),
+    ],
+    ids=str,
+)
+def test_a_breach_names_the_stage_the_figure_and_the_budget(
+    figure: str, value: float, changes: dict[str, Any], budget: str
+) -> None:
+    with pytest.raises(BudgetError, match=rf"{figure} is {value:.6g}, its budget {budget}(;|$)"):
+        h100().check(with_figure(figure, value, **changes))
+
+
+def test_a_breach_of_the_floor_ratio() -> None:
+    slow = with_figure("dit_step_ms", 725.0)
+    slow["floors"]["dit_step_ms"] = 600.0
+    with pytest.raises(BudgetError, match=r"1\.21 times its floor 600; its budget is 1\.15 times"):
+        h100().check(slow)
+
+
+def test_every_breach_is_named() -> None:
+    slow = with_figure("color_ms", 5.0)
+    slow["figures"]["vae_decode_ms"] = 900.0
+    with pytest.raises(BudgetError) as error:
+        h100().check(slow)
+    assert "color_ms" in str(error.value) and "vae_decode_ms" in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"gpus": 2}, {"height": 720}, {"width": 416}], ids=str)
+def test_another_size_or_number_of_gpus_has_no_budgets(changes: dict[str, Any]) -> None:
+    assert h100().of(result(**changes)) == {}
+    h100().check(with_figure("dit_step_ms", 1e6, **changes))
+
+
+def test_precision_and_steps_choose() -> None:
+    of = h100().of
+    assert of(result())["dit_step_ms"].stretch == 680 and of(result())["dit_step_ms"].floor_ratio == 1.15
+    assert of(result(precision="fp8"))["dit_step_ms"].target == 490
+    assert "chunk_ms" not in of(result(steps=2)) and "color_ms" in of(result(steps=2))
+
+
+def test_a_device_without_a_file_has_none() -> None:
+    assert load_budgets("Some CPU @ 3.0 GHz") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "device = ",
+        'device = "x"\ngpus = 1\nheight = 1\nwidth = 1',
+        'device = "x"\ngpus = 1\nheight = 1\nwidth = 1\n[[budget]]\nfigure = "a"',
+        'device = "x"\ngpus = 1\nheight = 1\nwidth = 1\n[[budget]]\nfigure = "a"\ntarget = 1\nspeed = 2',
+        "[[budget]]\nfigure = 'a'\ntarget = 1",
+    ],
+)
+def test_a_bad_file_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets_module, "FOLDER", tmp_path)
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(InputError, match=r"x\.toml"):
+        load_budgets("X")
+
+
+def test_every_budget_file_is_read_and_is_under_its_own_name() -> None:
+    files = sorted(budgets_module.FOLDER.glob("*.toml"))
+    assert files
+    for path in files:
+        device = next(line for line in path.read_text().splitlines() if line.startswith("device"))
+        found = load_budgets(device.split('"')[1])
+        assert found is not None and found.budgets
+        assert {b.figure for b in found.budgets} <= {*FIGURES, "first_chunk_ms"}
+        assert all(b.stretch is None or b.stretch < b.target for b in found.budgets)
+
+
+def test_a_budget_equal_to_the_figure_holds() -> None:
+    assert Budget("x_ms", 5.0).breaches(5.0, None) == []
+
+
+# --- result files -----------------------------------------------------------------------------------
+
+
+def test_a_result_survives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    write_result(path, result())
+    assert read_latency(path) == result()
+
+
+def removed(made: dict[str, Any], *keys: str) -> dict[str, Any]:
+    made = copy.deepcopy(made)
+    inner = made
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return made
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "a list": ([], "not a JSON object"),
+    **{
+        f"no {name}": (removed(result(), name), name)
+        for name in ("device", "gpus", "commit", "torch", "precision", "height", "width", "steps")
+    },
+    **{
+        f"no {name}": (removed(result(), name), name)
+        for name in ("figures", "floors", "reference", "spreads")
+    },
+    **{f"no figure {name}": (removed(result(), "figures", name), name) for name in FIGURES},
+    "no floor": (removed(result(), "floors", "color_ms"), "floors has no color_ms"),
+    "a size as text": (result(height="768"), "height is '768'"),
+    "a boolean": (result(gpus=True), "gpus is True"),
+    "a figure as text": (with_figure("chunk_ms", "fast"), r"figures\.chunk_ms is 'fast'"),  # type: ignore[arg-type]
+    "a figure not measured": (with_figure("chunk_ms", None), r"figures\.chunk_ms is None"),  # type: ignore[arg-type]
+    "a figure of zero": (with_figure("chunk_ms", 0.0), r"figures\.chunk_ms is 0\.0"),
+    "NaN": (with_figure("chunk_ms", float("nan")), r"figures\.chunk_ms is nan"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_result_is_named(bad: str) -> None:
+    made, named = BAD[bad]
+    with pytest.raises(InputError, match=rf"some\.json.*{named}"):
+        check_latency(made, "some.json")
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    with pytest.raises(InputError, match=r"result\.json cannot be read"):
+        read_latency(path)
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"result\.json is not JSON"):
+        read_latency(path)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_result(tmp_path / "file" / "result.json", {})
+    with pytest.raises(ValueError):
+        write_result(tmp_path / "nan.json", {"x": float("nan")})
+    assert not (tmp_path / "nan.json").exists()
+
+
+def test_committed_latency_results_are_valid() -> None:
+    for path in (Path(__file__).parents[1] / "profiles" / "results").glob("latency-*.json"):
+        assert record.result_name(read_latency(path)) == path.name
+
+
+def test_the_environment_of_a_cpu() -> None:
+    made = record.environment(CPU)
+    assert made["gpus"] == 0 and made["device"] and made["torch"] == torch.__version__
+    json.dumps(made)
+
+
+def test_the_commit_of_a_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        done = subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    tracked, untracked = tmp_path / "tracked.py", tmp_path / "untracked.py"
+    tracked.write_text("a")
+    assert record.commit_of(tracked) == "unknown"
+    git("init", "-q")
+    git("add", "tracked.py")
+    git("commit", "-q", "-m", "first")
+    commit = git("rev-parse", "--short", "HEAD")
+    untracked.write_text("a result, say")
+    assert record.commit_of(tracked) == commit
+    assert record.commit_of(untracked) == "unknown", "a copy below another project's checkout"
+    tracked.write_text("b")
+    assert record.commit_of(tracked) == f"{commit}-dirty"
+
+
+def test_a_copy_without_git_says_its_commit(tmp_path: Path) -> None:
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "COMMIT").write_text("abc1234\n")
+    assert record.commit_of(tmp_path / "profiles" / "record.py") == "abc1234"
+
+
+# --- the arithmetic -----------------------------------------------------------------------------------
+
+
+def test_the_work_is_what_the_design_says() -> None:
+    """TFLOP of ../shared/design/performance.md, counted there by hand."""
+    dit, vae = DiTConfig(), VAEConfig()
+    for stream, (linears, attention, decode) in {
+        StreamConfig(): (340, 120, 97),
+        StreamConfig(height=720, width=416): (296, 91, 84),
+    }.items():
+        counted = [work.dit_linears(dit, stream), work.dit_self_attention(dit, stream)]
+        counted.append(work.vae_decode(vae, stream))
+        tflop = [work.total_flop(items) / 1e12 for items in counted]
+        assert tflop == pytest.approx([linears, attention, decode], rel=0.006)
+    cross = work.total_flop(work.dit_cross_attention(dit, StreamConfig())) / 1e12
+    assert cross == pytest.approx(7.6, rel=0.05)  # there without audio
+    assert (
+        work.tokens(StreamConfig()) == 12_096 and work.tokens(StreamConfig(height=720, width=416)) == 10_530
+    )
+
+
+def test_a_timing() -> None:
+    made = timing.Timing((3.0, 1.0, 2.0, 10.0))
+    assert (made.median_ms, made.p95_ms, made.spread_ms) == (2.5, 10.0, 9.0)
+    assert timing.Timing(tuple(map(float, range(1, 101)))).p95_ms == 95.0
+    with pytest.raises(ValueError):
+        timing.Timing(())
+
+
+def test_measure_calls_in_turn_and_does_not_count_the_warm_up() -> None:
+    calls: list[int] = []
+    made = timing.measure(calls.append, CPU, [(1,), (2,), (3,)], repeats=4, warm_ups=2)
+    assert calls == [1, 2, 3, 1, 2, 3] and len(made.samples_ms) == 4
+    assert timing.rotation(lambda: 7, 1, CPU) == [7]
+
+
+def test_floors_sum_over_what_is_counted() -> None:
+    items: list[work.Work] = [
+        work.Gemm(32, 16, 48),
+        work.Attention(2, 16, 8, 24),
+        work.Convolution(3, 5, (3, 3, 3), 2, 8, 8),
+        work.Convolution(4, 4, (1, 3, 3), 1, 8, 8, stride=(1, 2, 2)),
+    ]
+    once = floors.floor_ms(items, CPU, torch.float32, torch.float32, repeats=3)
+    many = floors.floor_ms(items * 50, CPU, torch.float32, torch.float32, repeats=3)
+    assert 0 < once < many
+    assert floors.floor_ms([items[0]], CPU, torch.float32, floors.FP8, repeats=1) > 0
+    assert floors.copy_bytes_per_s(CPU, 2, 1 << 16) > 0
