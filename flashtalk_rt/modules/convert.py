@@ -222,7 +222,7 @@ class _Part:
 
     def __init__(self, module: nn.Module, part: Part, dtype: torch.dtype, fp8: bool) -> None:
         self._module, self._part, self._dtype = module, part, dtype
-        large: list[nn.Module] = module.large_projections() if fp8 and isinstance(module, DiT) else []
+        large = module.large_projections() if fp8 and isinstance(module, DiT) else []
         names = {id(layer): name for name, layer in module.named_modules()}
         self._fp8 = {f"{names[id(layer)]}.weight" for layer in large}
 

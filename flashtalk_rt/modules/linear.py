@@ -61,7 +61,7 @@ class Fused:
     def __init__(self, *layers: Linear) -> None:
         self._weight = _join([layer.weight for layer in layers])
         self._bias = _join([layer.bias for layer in layers])
-        scales = [layer.weight_scale for layer in layers if layer.weight_scale is not None]
+        scales = [layer.weight_scale.data for layer in layers if layer.weight_scale is not None]
         self._scale = torch.cat(scales) if scales else None
         self._widths = [layer.out_features for layer in layers]
 
@@ -71,10 +71,11 @@ class Fused:
 
     def __call__(self, x: Tensor | Quantized) -> tuple[Tensor, ...]:
         """x [..., K] -> each layer's output [..., N], slices of one tensor."""
-        return linear(x, self._weight, self._scale, self._bias).split(self._widths, dim=-1)
+        product = linear(x, self._weight, self._scale, self._bias)
+        return torch.split(product, self._widths, dim=-1)
 
 
-def _join(parameters: list[nn.Parameter]) -> Tensor:
+def _join(parameters: list[Tensor]) -> Tensor:
     """One tensor of all rows; each parameter becomes its view."""
     # Through bytes: torch concatenates no float8.
     joined = torch.cat([p.detach().view(torch.uint8) for p in parameters]).view(parameters[0].dtype)

@@ -8,6 +8,7 @@ Run a command again with the same folder and it goes on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,13 +40,14 @@ def _start(run: Path, device: str, seed: int) -> Any:
     return torch.Generator(device).manual_seed(seed)
 
 
-def _record(run: Path, name: str, settings: dict[str, Any], history: list[dict[str, float]]) -> None:
-    """The command's log: settings, machine and history as JSON."""
-    import torch
+def _record(
+    run: Path, name: str, device: Any, settings: dict[str, Any], history: list[dict[str, float]]
+) -> None:
+    """The command's log: settings, machine, commit and history as JSON."""
+    from ...profiles.record import environment, write_result
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    record = {"command": name, "device": device, "torch": torch.__version__, **settings, "history": history}
-    (run / f"log-{name.removeprefix('world-')}.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {"command": name, **environment(device), **settings, "history": history}
+    write_result(run / f"log-{name.removeprefix('world-')}.json", record)
 
 
 def _log(line: str) -> None:
@@ -74,7 +76,7 @@ def world_vae(
     vae, history = fit_vae(TOY_VAE, start, fit, batch, size, run / "vae.ckpt", generator, _log)
     save_net(vae, run / "vae.safetensors")
     settings = {"steps": steps, "batch": batch, "peak_lr": lr, "seed": seed, "source": str(source or "")}
-    _record(run, "world-vae", settings, history)
+    _record(run, "world-vae", generator.device, settings, history)
 
 
 @app.command("world-probe")
@@ -110,7 +112,7 @@ def world_probe(
     _log(json.dumps(scores))
     history = [{"step": float(i), "loss": losses[i]} for i in range(0, len(losses), 50)]
     settings = {"steps": steps, "batch": batch, "seed": seed, "seconds": time.perf_counter() - started}
-    _record(run, "world-probe", settings | {"held_out_r2": scores}, history)
+    _record(run, "world-probe", generator.device, settings | {"held_out_r2": scores}, history)
 
 
 def _fit_dit(
@@ -156,7 +158,7 @@ def _fit_dit(
         "seed": seed,
         "source": str(source or ""),
     }
-    _record(run, f"world-{name}", settings, history)
+    _record(run, f"world-{name}", generator.device, settings, history)
 
 
 @app.command("world-base")
@@ -222,8 +224,7 @@ def world_eval(
 ) -> None:
     """Measure the model on held-out identities and voices; writes eval-*.json."""
     generator = _start(run, device, seed)
-    import torch
-
+    from ...profiles.record import environment, write_result
     from .evaluate import evaluate, make_test_set, vae_psnr_db
     from .nets import TOY_STREAM, load_dit, load_vae
     from .probe import load_probe
@@ -235,13 +236,16 @@ def world_eval(
     test = make_test_set(read_voices(voices), identities, chunks, TOY_STREAM, generator)
     rows = evaluate(dit, vae, probe, test, tuple(int(s) for s in steps.split(",")), generator, _log)
     record = {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        **environment(where),
         "net": net,
         "identities": identities,
         "chunks": chunks,
         "seed": seed,
         "vae_psnr_db": vae_psnr_db(vae, test),
-        "rows": rows,
+        # JSON has no infinity, which a motion ratio can be where nothing moves between the joins.
+        "rows": {
+            name: {key: value if math.isfinite(value) else None for key, value in row.items()}
+            for name, row in rows.items()
+        },
     }
-    (run / f"eval-{net}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_result(run / f"eval-{net}.json", record)

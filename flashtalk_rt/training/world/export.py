@@ -101,7 +101,7 @@ def card(logs: dict[str, dict[str, Any]], evaluation: dict[str, Any], model: Mod
             f"{seconds:.0f} | {last['loss']:.4f} | {log.get('source') or '-'} |"
         )
     rows = [
-        f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in COLUMNS) + " |"
+        f"| {name} | " + " | ".join("-" if row[key] is None else f"{row[key]:.3f}" for key in COLUMNS) + " |"
         for name, row in evaluation["rows"].items()
     ]
     probe = logs["probe"]["held_out_r2"]
