@@ -393,3 +393,26 @@ def test_without_cuda_the_device_is_named(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"device is cuda.*--device cpu"):
         commands.world_vae(tmp_path, steps=1, batch=1, seed=0, device="cuda")
+
+
+def test_the_impulse_response_tells_frames_apart() -> None:
+    """A VAE that holds each group's last frame answers to that frame alone; a perfect one to all."""
+
+    class Perfect:
+        def encode(self, video: Tensor) -> Tensor:
+            return video
+
+        def decode(self, video: Tensor) -> Tensor:
+            return video
+
+    class Holding(Perfect):
+        def decode(self, video: Tensor) -> Tensor:
+            later = video[:, :, 1:].unflatten(2, (-1, 4))[:, :, :, -1:].expand(-1, -1, -1, 4, -1, -1)
+            return torch.cat((video[:, :, :1], later.flatten(2, 3)), dim=2)
+
+    responses = [
+        fit_vae.impulse_response(vae, (32, 32), torch.Generator().manual_seed(0), faces=2)  # type: ignore[arg-type]
+        for vae in (Perfect(), Holding())
+    ]
+    assert responses[0] == pytest.approx([1, 1, 1, 1])
+    assert responses[1] == pytest.approx([0, 0, 0, 1], abs=1e-6)

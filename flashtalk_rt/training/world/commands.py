@@ -67,7 +67,7 @@ def world_vae(
     """Train the tiny VAE on random clips."""
     generator = _start(run, device, seed)
     from ..loop import FitConfig
-    from .fit_vae import fit_vae
+    from .fit_vae import fit_vae, impulse_response
     from .nets import TOY_STREAM, TOY_VAE, load_vae, save_net
 
     fit = FitConfig(steps=steps, peak_lr=lr)
@@ -75,7 +75,16 @@ def world_vae(
     start = load_vae(source, generator.device) if source else None
     vae, history = fit_vae(TOY_VAE, start, fit, batch, size, run / "vae.ckpt", generator, _log)
     save_net(vae, run / "vae.safetensors")
-    settings = {"steps": steps, "batch": batch, "peak_lr": lr, "seed": seed, "source": str(source or "")}
+    response = impulse_response(vae, size, generator)
+    _log(f"a frame's own mouth comes back, by the four frames of a latent frame: {response}")
+    settings = {
+        "steps": steps,
+        "batch": batch,
+        "peak_lr": lr,
+        "seed": seed,
+        "source": str(source or ""),
+        "impulse_response": response,
+    }
     _record(run, "world-vae", generator.device, settings, history)
 
 

@@ -12,8 +12,9 @@ from ...config import VAEConfig
 from ...modules.precision import autocast
 from ...modules.vae import STRIDE, VAE
 from ..loop import FitConfig, Log, fit
-from .data import SpeechBank, talk
-from .face import sample_identities
+from .data import MOUTH, SpeechBank, talk
+from .face import render, sample_identities
+from .motion import sample_motion
 from .speech import SAMPLE_RATE_HZ, mouth_truth
 
 FPS = 25
@@ -106,3 +107,33 @@ def latent_statistics(
         parts.append(vae.encode_distribution(video, CLIP_FRAMES - 1)[0].float())
     latent = torch.cat(parts).transpose(0, 1).flatten(1)
     return tuple(latent.mean(1).tolist()), tuple(latent.std(1).tolist())
+
+
+@torch.no_grad()
+def impulse_response(
+    vae: VAE, size: tuple[int, int], generator: torch.Generator, faces: int = 8
+) -> list[float]:
+    """How much of a mouth that opens for one frame alone is there in that frame's reconstruction: one value
+    for each of the four frames of a latent frame, 1 is all of it.
+
+    Clip averages hide it: a VAE may keep the last frame of four and draw the others between its neighbours.
+    """
+    identity = sample_identities(faces, generator, held_out=True).to(generator.device)
+    motion = sample_motion(faces, CLIP_FRAMES, generator, generator.device)
+    motion[..., MOUTH] = torch.tensor((0.4, 0.2), device=generator.device)
+
+    def both(motion: Tensor) -> tuple[Tensor, Tensor]:
+        video = render(identity, motion, *size).transpose(1, 2)
+        return video, vae.decode(vae.encode(video)).float()
+
+    video, rebuilt = both(motion)
+    first = CLIP_FRAMES // 2 + 1  # of a latent frame's four, in the middle of the clip
+    response = []
+    for frame in range(first, first + 4):
+        opened = motion.clone()
+        opened[:, frame, MOUTH.start] = 0.7
+        with_impulse, found = both(opened)
+        wanted = (with_impulse - video)[:, :, frame]
+        got = (found - rebuilt)[:, :, frame]
+        response.append(((got * wanted).sum() / wanted.square().sum()).item())
+    return response
