@@ -30,15 +30,21 @@ SHARED_LIMIT_BYTES = 227 * 1024  # of an sm_90 block
 # The interpreter's own: NaN arithmetic, and numpy's deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
 # Where Triton runs: conftest.py has its kernels interpreted only where there is no GPU.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+where_triton_runs = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter")),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+def normal(*shape: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def qkv(length: int, batch: int = 1, heads: int = 2, dim: int = 16) -> list[Tensor]:
-    return [normal(batch, length, heads, dim, seed=i) for i in range(3)]
+def qkv(length: int, batch: int = 1, heads: int = 2, dim: int = 16, device: str = "cpu") -> list[Tensor]:
+    return [normal(batch, length, heads, dim, seed=i, device=device) for i in range(3)]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, chunk: int | None = None, **options: Any) -> Tensor:
@@ -53,11 +59,12 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tenso
 # --- what is never visited -------------------------------------------------------------------------
 
 
+@where_triton_runs
 @pytest.mark.parametrize("chunk", [8, 40])
-def test_later_chunks_do_not_reach_earlier_queries(chunk: int) -> None:
+def test_later_chunks_do_not_reach_earlier_queries(chunk: int, device: str) -> None:
     """Not even as 0 * NaN: no tile of theirs is read."""
-    q, k, v = qkv(chunk * 3 - 5)
-    grad = normal(*q.shape, seed=3)
+    q, k, v = qkv(chunk * 3 - 5, device=device)
+    grad = normal(*q.shape, seed=3, device=device)
     expected, (dq, _, _) = attend(q, k, v, chunk), gradients(lambda *x: attend(*x, chunk), [q, k, v], grad)
     k[:, chunk:], v[:, chunk:] = torch.nan, torch.nan
     out = attend(q, k, v, chunk)
@@ -67,10 +74,11 @@ def test_later_chunks_do_not_reach_earlier_queries(chunk: int) -> None:
     assert torch.equal(found[:, :chunk], dq[:, :chunk])
 
 
+@where_triton_runs
 @pytest.mark.parametrize("chunk", [8, 40])
-def test_earlier_queries_do_not_reach_the_gradients_of_later_keys(chunk: int) -> None:
-    q, k, v = qkv(chunk * 3 - 5)
-    grad = normal(*q.shape, seed=3)
+def test_earlier_queries_do_not_reach_the_gradients_of_later_keys(chunk: int, device: str) -> None:
+    q, k, v = qkv(chunk * 3 - 5, device=device)
+    grad = normal(*q.shape, seed=3, device=device)
     _, dk, dv = gradients(lambda *x: attend(*x, chunk), [q, k, v], grad)
     q[:, :chunk], grad[:, :chunk] = torch.nan, torch.nan
     _, found_dk, found_dv = gradients(lambda *x: attend(*x, chunk), [q, k, v], grad)
@@ -79,49 +87,57 @@ def test_earlier_queries_do_not_reach_the_gradients_of_later_keys(chunk: int) ->
         assert found[:, :chunk].isnan().all()
 
 
+@where_triton_runs
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("chunk", [None, 40])
-def test_keys_past_the_length_are_not_read_and_have_no_gradient(chunk: int | None, as_tensor: bool) -> None:
+def test_keys_past_the_length_are_not_read_and_have_no_gradient(
+    chunk: int | None, as_tensor: bool, device: str
+) -> None:
     length = 70
-    q, k, v = qkv(100)
-    bias = normal(100, seed=4)
+    q, k, v = qkv(100, device=device)
+    bias = normal(100, seed=4, device=device)
     k[:, length:], v[:, length:], bias[length:] = torch.nan, torch.nan, torch.nan
-    ends = torch.tensor([length], dtype=torch.int32, device=DEVICE) if as_tensor else length
+    ends = torch.tensor([length], dtype=torch.int32, device=device) if as_tensor else length
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return attend(q, k, v, chunk, key_length=ends, key_bias=bias)
 
     assert run(q, k, v, bias).isfinite().all()
-    dq, dk, dv, dbias = gradients(run, [q, k, v, bias], normal(*q.shape, seed=3))
+    dq, dk, dv, dbias = gradients(run, [q, k, v, bias], normal(*q.shape, seed=3, device=device))
     assert dq.isfinite().all()
     for found in (dk[0], dv[0], dbias):
         assert found.isfinite().all() and not found[length:].any()
 
 
-def test_a_bias_of_minus_infinity_hides_a_key_and_a_whole_tile_of_them() -> None:
-    q, (k, v) = normal(1, 3, 2, 16), (normal(1, 300, 2, 16, seed=i) for i in (1, 2))
-    bias = torch.zeros(300, device=DEVICE)
+@where_triton_runs
+def test_a_bias_of_minus_infinity_hides_a_key_and_a_whole_tile_of_them(device: str) -> None:
+    q = normal(1, 3, 2, 16, device=device)
+    k, v = (normal(1, 300, 2, 16, seed=i, device=device) for i in (1, 2))
+    bias = torch.zeros(300, device=device)
     bias[:200], bias[250] = float("-inf"), float("-inf")
     seen = torch.cat((torch.arange(200, 250), torch.arange(251, 300)))
     torch.testing.assert_close(attend(q, k, v, key_bias=bias), attend(q, k[:, seen], v[:, seen]))
-    grad = normal(*q.shape, seed=3)
+    grad = normal(*q.shape, seed=3, device=device)
     found = gradients(lambda *x: attend(*x, key_bias=bias), [q, k, v], grad)
     expected = gradients(lambda q, k, v: attend(q, k[:, seen], v[:, seen]), [q, k, v], grad)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient() -> None:
-    q, k, v = qkv(5)
-    none = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+@where_triton_runs
+def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(device: str) -> None:
+    q, k, v = qkv(5, device=device)
+    none = torch.zeros(1, dtype=torch.int32, device=device)
     assert not attend(q, k, v, key_length=none).any()
     for found in gradients(lambda *x: attend(*x, key_length=none), [q, k, v], torch.ones_like(q)):
         assert not found.any()
 
 
-def test_a_bias_of_log_n_makes_a_key_count_n_times() -> None:
-    q, (k, v) = normal(1, 4, 2, 16), (normal(1, 6, 2, 16, seed=i) for i in (1, 2))
-    bias = torch.zeros(6, device=DEVICE)
+@where_triton_runs
+def test_a_bias_of_log_n_makes_a_key_count_n_times(device: str) -> None:
+    q = normal(1, 4, 2, 16, device=device)
+    k, v = (normal(1, 6, 2, 16, seed=i, device=device) for i in (1, 2))
+    bias = torch.zeros(6, device=device)
     bias[5] = math.log(7)
     many = [torch.cat((x, x[:, 5:].expand(-1, 6, -1, -1)), 1) for x in (k, v)]
     for backend in ("triton", "sdpa"):
@@ -132,10 +148,12 @@ def test_a_bias_of_log_n_makes_a_key_count_n_times() -> None:
 # --- strides ---------------------------------------------------------------------------------------
 
 
+@where_triton_runs
 @pytest.mark.parametrize("layout", ["a slice", "channels in front"])
-def test_strided_inputs_give_what_contiguous_ones_give(layout: str) -> None:
-    packed = normal(2, 21, 3 * 3 * 16)
-    grad = normal(2, 3, 16, 21, seed=1).permute(0, 3, 1, 2)  # its last dimension is not contiguous
+def test_strided_inputs_give_what_contiguous_ones_give(layout: str, device: str) -> None:
+    packed = normal(2, 21, 3 * 3 * 16, device=device)
+    # Its last dimension is not contiguous.
+    grad = normal(2, 3, 16, 21, seed=1, device=device).permute(0, 3, 1, 2)
 
     def strided(packed: Tensor) -> Tensor:
         q, k, v = packed.unflatten(-1, (3, 3, 16)).unbind(2)
@@ -151,8 +169,10 @@ def test_strided_inputs_give_what_contiguous_ones_give(layout: str) -> None:
     torch.testing.assert_close(gradients(strided, [packed], grad), gradients(copied, [packed], grad))
 
 
-def test_the_same_inputs_give_the_same_gradients() -> None:
-    inputs, grad = [*qkv(150, heads=1), normal(150, seed=4)], normal(1, 150, 1, 16, seed=3)
+@where_triton_runs
+def test_the_same_inputs_give_the_same_gradients(device: str) -> None:
+    inputs = [*qkv(150, heads=1, device=device), normal(150, seed=4, device=device)]
+    grad = normal(1, 150, 1, 16, seed=3, device=device)
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return attend(q, k, v, 60, key_bias=bias)
@@ -161,20 +181,22 @@ def test_the_same_inputs_give_the_same_gradients() -> None:
         assert torch.equal(a, b)
 
 
-def test_the_backward_op_keeps_torchs_rules() -> None:
-    q, k, v = qkv(9, batch=2)
-    bias, ends = normal(2, 9, seed=4), torch.tensor([4, 9], dtype=torch.int32, device=DEVICE)
+@where_triton_runs
+def test_the_backward_op_keeps_torchs_rules(device: str) -> None:
+    q, k, v = qkv(9, batch=2, device=device)
+    bias, ends = normal(2, 9, seed=4, device=device), torch.tensor([4, 9], dtype=torch.int32, device=device)
     for extras in ((None, None), (ends, bias)):
         out, lse = torch.ops.flashtalk_rt.chunk_attention(q, k, v, *extras, 4)
         torch.library.opcheck(
             torch.ops.flashtalk_rt.chunk_attention_backward,
-            (normal(*q.shape, seed=3), q, k, v, *extras, out, lse, 4),
+            (normal(*q.shape, seed=3, device=device), q, k, v, *extras, out, lse, 4),
             test_utils=("test_schema", "test_faketensor"),
         )
 
 
-def test_the_log_sum_exp_is_natural() -> None:
-    q, k, v = qkv(9)
+@where_triton_runs
+def test_the_log_sum_exp_is_natural(device: str) -> None:
+    q, k, v = qkv(9, device=device)
     _, lse = torch.ops.flashtalk_rt.chunk_attention(q, k, v, None, None, None)
     scores = torch.einsum("blhd,bmhd->bhlm", q, k) / 4
     torch.testing.assert_close(lse, scores.logsumexp(-1))
@@ -327,7 +349,7 @@ def test_triton_serves_float32_and_sdpa_the_rest(installed: set[str]) -> None:
 
 def test_a_refused_backend_says_why() -> None:
     with pytest.raises(InputError, match="backend fa4 cannot serve cpu float32 D=16: needs a CUDA device"):
-        ops.chunk_attention(*(x.cpu() for x in qkv(4)), backend="fa4")
+        ops.chunk_attention(*qkv(4), backend="fa4")
 
 
 def test_a_module_is_looked_for_without_an_error() -> None:
@@ -342,7 +364,7 @@ def test_torch_compile_sees_through_the_choice(monkeypatch: pytest.MonkeyPatch) 
     backends = (Backend("absent", supports), SPEC.backends[-1])
     monkeypatch.setattr(module, "SPEC", dataclasses.replace(SPEC, backends=backends))
     compiled = torch.compile(ops.chunk_attention, backend="eager", fullgraph=True)
-    q, k, v = (x.cpu() for x in qkv(10))
+    q, k, v = qkv(10)
     torch.testing.assert_close(compiled(q, k, v, 4), reference.chunk_attention(q, k, v, 4))
 
 

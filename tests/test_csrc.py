@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -34,6 +35,10 @@ op = importlib.import_module("flashtalk_rt.ops.slice_conv")  # `ops` may hold th
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH: csrc is not compiled here")
 CXX = shutil.which("c++")
+# nvcc's, ptxas's and the C++ compiler's own; not Python's deprecations around them.
+COMPILER_WARNING = re.compile(
+    r"^.*(?:\b(?:nvcc|ptxas|nvlink|cc1plus)\b|\.(?:cu|cuh|cpp|h)\b).*\bwarning\s*[:#].*$", re.MULTILINE
+)
 
 
 def load(path: Path) -> ModuleType:
@@ -55,7 +60,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     found = list((folder / "lib" / "flashtalk_rt").glob("_C.*"))
     assert done.returncode == 0 and len(found) == 1, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "warning" not in done.stdout + done.stderr
+    assert COMPILER_WARNING.findall(done.stdout + done.stderr) == []
     return found[0]
 
 
@@ -357,13 +362,21 @@ for case in op.SPEC.cases:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
 def test_compute_sanitizer_finds_nothing(extension: ModuleType, tool: str) -> None:
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", CHECKED]
-    done = subprocess.run([*command, str(extension.__file__)], capture_output=True, text=True, check=False)
+    # torch's cache would hide accesses between its tensors, and some errors of the API are torch's questions.
+    options = ["--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
+    done = subprocess.run(
+        ["compute-sanitizer", *options, sys.executable, "-c", CHECKED, str(extension.__file__)],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 @pytest.mark.gpu
-def test_the_vae_takes_the_kernel_where_it_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(600)
+def test_the_vae_takes_the_kernel_where_it_was_measured_faster(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With every convolution of one size listed, decoding gives the same to bfloat16's rounding."""
     from flashtalk_rt.config import VAEConfig
     from flashtalk_rt.modules.vae import VAE

@@ -75,10 +75,11 @@ def test_a_row_of_zeros_has_a_scale(device: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("device", "backend"), [("cpu", "torch"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
 )
-def test_a_nan_does_not_turn_into_a_number(device: str, backend: str) -> None:
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_nan_does_not_turn_into_a_number(gelu: bool, device: str, backend: str) -> None:
     x = normal(3, 40)
     x[1, 7] = float("nan")
-    data, _ = ops.quantize(x.to(device), backend=backend)
+    data, _ = ops.quantize(x.to(device), gelu=gelu, backend=backend)
     assert data[1, 7].float().isnan()
     assert data[[0, 2]].float().isfinite().all()
 
@@ -250,7 +251,9 @@ def test_scaled_mm_against_float32(m: int, k: int, n: int, monkeypatch: pytest.M
     qx, qw = ops.quantize(x), ops.quantize(weight)
     out = ops.linear_fp8(qx, qw, bias, backend="scaled_mm")
     same = ops.linear_fp8(qx, qw, bias, dtype=torch.float32, backend="torch")
-    # What the fast accumulation and bfloat16 lose, well below what the operands' rounding does.
+    # What the fast accumulation and bfloat16 lose, well below what the operands' rounding does.  At
+    # k = 13,824 the truncated sums lose 1.0 to 1.4 % by estimate: a failure here alone asks to reconsider
+    # use_fast_accum, nothing else.
     assert relative(out, same) < 1.5e-2
     exact = F.linear(x.float(), weight.float(), bias.float())
     assert 1e-2 < relative(out, exact) < 5e-2

@@ -89,7 +89,10 @@ def check(kind: str, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor
     assert len(ours) == len(exact)
     for i, (a, e, x) in enumerate(zip(ours, eager, exact, strict=True)):
         assert torch.isfinite(a).all(), f"{kind} {i}: not every element was written"
-        assert error(a, x) <= 2 * error(e, x) + floor, f"{kind} {i}"
+        # Where eager computes as the exact form does (lab_statistics, float32 whatever the frames are), its
+        # error is no measure of ours: the GPU's own exp2, log2 and order of sums are what differs.
+        allowed = max(floor, 2e-4) if a.is_cuda and error(e, x) < 1e-6 else floor
+        assert error(a, x) <= 2 * error(e, x) + allowed, f"{kind} {i}"
 
 
 def check_quantized(ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], step: float) -> None:

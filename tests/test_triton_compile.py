@@ -26,7 +26,7 @@ module = importlib.import_module(f"flashtalk_rt.triton_kernels.{sys.argv[1]}")
 defined = {v.fn.__name__ for v in vars(module).values()
            if isinstance(v, triton.JITFunction) and v.fn.__module__ == module.__name__}
 shared = {}
-for s in module.KERNELS:
+for s in getattr(module, "KERNELS", ()):  # activation has only helpers
     signature = {name: s.signature.get(name, "constexpr") for name in s.kernel.arg_names}
     options = {"num_warps": s.num_warps, "num_stages": s.num_stages}
     # As torch's tensors are: aligned, and so are the strides of wide rows.

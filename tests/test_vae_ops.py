@@ -15,8 +15,14 @@ from flashtalk_rt.modules.vae import VAE, CacheCursor
 from flashtalk_rt.ops import reference_vae as reference
 
 SMALL = VAEConfig(dim=4, num_res_blocks=1)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-BACKENDS = ["triton", "torch"]
+NO_INTERPRETER = "Triton's kernels are interpreted only where there is no GPU"
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason=NO_INTERPRETER)
+DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = [
+    ("cpu", "torch"),
+    pytest.param("cpu", "triton", marks=INTERPRETED),
+    pytest.param("cuda", "triton", marks=pytest.mark.gpu),
+]
 FUSED = ("add_residual", "norm_silu", "upsample_conv", "vae_head")  # the modules of ops with a Triton backend
 
 
@@ -41,6 +47,8 @@ def relative(out: Tensor, expected: Tensor) -> float:
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every op by its Triton kernel and biases deferred, as on a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip(NO_INTERPRETER)
     for name in FUSED:
         module = importlib.import_module(f"flashtalk_rt.ops.{name}")
         monkeypatch.setattr(module, "backend_for", lambda *_, **__: "triton")
@@ -88,11 +96,8 @@ def test_preparing_changes_no_result_and_no_parameter() -> None:
 # --- norms and caches ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_last_two_frames_are_the_next_calls_past(backend: str, device: str) -> None:
-    if (backend, device) == ("torch", "cuda"):
-        pytest.skip("the same code as on a CPU")
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_the_last_two_frames_are_the_next_calls_past(device: str, backend: str) -> None:
     x, gamma = normal(2, 12, 5, 3, 4, device=device), 1 + 0.1 * normal(12, seed=1, device=device)
     whole = ops.norm_silu(x, gamma, None, backend=backend)
     past, parts = None, []
@@ -106,22 +111,27 @@ def test_the_last_two_frames_are_the_next_calls_past(backend: str, device: str) 
     torch.testing.assert_close(past, whole[:, :, -2:], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_black_pixels_stay_black(backend: str) -> None:
-    out = ops.norm_silu(torch.zeros(1, 12, 2, 2, 2), torch.ones(12), None, backend=backend)
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_black_pixels_stay_black(device: str, backend: str) -> None:
+    x, gamma = torch.zeros(1, 12, 2, 2, 2, device=device), torch.ones(12, device=device)
+    out = ops.norm_silu(x, gamma, None, backend=backend)
     assert (out == 0).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_any_layout_is_read(layout: torch.memory_format) -> None:
-    x, shortcut, past = (normal(2, 12, n, 3, 5, seed=n).contiguous(memory_format=layout) for n in (4, 4, 2))
-    gamma, bias = normal(12, seed=5), normal(12, seed=6)
+def test_any_layout_is_read(layout: torch.memory_format, device: str) -> None:
+    x, shortcut, past = (
+        normal(2, 12, n, 3, 5, seed=n, device=device).contiguous(memory_format=layout) for n in (4, 4, 2)
+    )
+    gamma, bias = (normal(12, seed=n, device=device) for n in (5, 6))
     found = ops.add_norm_silu(x, bias, shortcut, gamma, past, backend="triton")
     for ours, expected in zip(found, reference.add_norm_silu(x, bias, shortcut, gamma, past), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ops.add_residual(x, bias, shortcut, backend="triton"), found[0])
 
 
+@INTERPRETED
 def test_the_head_takes_wider_parameters_as_under_autocast() -> None:
     x, shortcut = (normal(1, 6, 2, 3, 4, seed=i, dtype=torch.float16) for i in range(2))
     gamma = torch.ones(6, dtype=torch.float16)

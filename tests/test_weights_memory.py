@@ -17,10 +17,10 @@ SAMPLED = """
 import json, os, sys, threading, time
 from pathlib import Path
 import torch
-from flashtalk_rt.modules.weights import Part, SafetensorsFiles, fill, parameters_of
+from flashtalk_rt.modules.weights import Part, SafetensorsFiles, fill
 from flashtalk_rt.modules.dit import DiT
 from flashtalk_rt.config import DiTConfig
-from flashtalk_rt.modules.convert import _shards, _write_safetensors
+from flashtalk_rt.modules.convert import _shards, _Stored, _write_safetensors
 
 torch.set_num_threads(1)
 folder, config = Path(sys.argv[1]), DiTConfig(**json.loads(sys.argv[2]))
@@ -49,8 +49,9 @@ with torch.device("meta"):
 part = Part(SafetensorsFiles(sorted(folder.glob("*.safetensors"))))
 
 def write():
-    entries = _shards("dit", dit, part, torch.float32)[0][0]
-    _write_safetensors(folder / "copy.bin", entries, parameters_of(dit, part), torch.float32)
+    stored = _Stored(dit, part, torch.float32, fp8=False)
+    entries = _shards("dit", stored)[0][0]
+    _write_safetensors(folder / "copy.bin", entries, stored.values())
 
 filled = watched(lambda: fill(dit, part, torch.device("cpu"), torch.bfloat16))
 os.fsync = lambda descriptor: None  # a second copy on the disk is nothing to wait for

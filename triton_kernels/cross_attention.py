@@ -33,13 +33,13 @@ class Tile:
 
 
 # By head dimension and bytes an element.  Chosen from what ptxas reports for sm_90 (float32 at 128 spills,
-# nothing else does), not yet from times on a GPU.
+# nothing else does), not yet from times on a GPU.  At (128, 2) two programs share a multiprocessor.
 TILES: Mapping[tuple[int, int], Tile] = MappingProxyType(
     {
         (16, 2): Tile(queries=64, text=32, image=64, warps=4, stages=2),
         (32, 2): Tile(queries=64, text=32, image=64, warps=4, stages=2),
         (64, 2): Tile(queries=64, text=32, image=64, warps=4, stages=2),
-        (128, 2): Tile(queries=128, text=32, image=64, warps=8, stages=2),
+        (128, 2): Tile(queries=64, text=32, image=64, warps=4, stages=3),
         (16, 4): Tile(queries=64, text=32, image=64, warps=4, stages=2),
         (32, 4): Tile(queries=64, text=32, image=64, warps=4, stages=2),
         (64, 4): Tile(queries=64, text=32, image=32, warps=4, stages=2),
@@ -55,35 +55,30 @@ def attend_keys(
 ):  # fmt: skip
     """softmax(q k^T * scale + bias) v over all `keys`: q [BLOCK_M, D] values -> [BLOCK_M, D] float32.
 
-    k and v point at the first key of one head, bias at its first key.  Tiles whose bias is all -inf are
-    skipped: the unused end of a buffer of fixed length costs nothing.  Online softmax: Milakov and
+    k and v point at the first key of one head, bias at its first key.  Online softmax: Milakov and
     Gimelshein, arXiv 1805.02867.
     """
     columns = tl.arange(0, D)
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # Finite, so that a first tile of hidden keys gives weights of 0, not exp2(-inf + inf).
+    highest = tl.full([BLOCK_M], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, D], tl.float32)
     for start in tl.range(0, keys, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         inside = key < keys
-        visible = True
+        at = (key * heads * D)[:, None] + columns[None, :]
+        k_tile = tl.load(k + at, mask=inside[:, None], other=0.0)
+        v_tile = tl.load(v + at, mask=inside[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
         if HAS_BIAS:
-            added = tl.load(bias + key, mask=inside, other=float("-inf")) * LOG2_E
-            visible = tl.max(added, 0) > float("-inf")
-        if visible:
-            at = (key * heads * D)[:, None] + columns[None, :]
-            k_tile = tl.load(k + at, mask=inside[:, None], other=0.0)
-            v_tile = tl.load(v + at, mask=inside[:, None], other=0.0)
-            scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
-            if HAS_BIAS:
-                scores += added[None, :]
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            weights = tl.exp2(scores - higher[:, None])
-            shrink = tl.exp2(highest - higher)
-            total = total * shrink + tl.sum(weights, 1)
-            out = tl.dot(weights.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision=PRECISION)
-            highest = higher
+            scores += (tl.load(bias + key, mask=inside, other=0.0) * LOG2_E)[None, :]
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(weights.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision=PRECISION)
+        highest = higher
     return out / total[:, None]
 
 
@@ -92,9 +87,13 @@ def dual_cross_attention_kernel(
     q, text_k, text_v, image_k, image_v, text_bias, out,
     length, heads, text_keys, image_keys, bias_stride, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TEXT: tl.constexpr, BLOCK_IMAGE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out = attend(q, text) + attend(q, image) for one (tile of queries, head, batch)."""
+    """out = attend(q, text) + attend(q, image) for one (tile of queries, head, batch).
+
+    With a bias, whose row fits BLOCK_KEYS, the text ends at its last key that is not hidden: the unused
+    end of a buffer of fixed length is not read and costs nothing.
+    """
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -102,8 +101,14 @@ def dual_cross_attention_kernel(
     at = ((batch * length + row) * heads + head)[:, None] * D + tl.arange(0, D)[None, :]
     query = tl.load(q + at, mask=inside, other=0.0)
     first = (batch * text_keys * heads + head) * D
+    bias = text_bias + batch * bias_stride
+    end = text_keys
+    if HAS_BIAS:
+        key = tl.arange(0, BLOCK_KEYS)
+        added = tl.load(bias + key, mask=key < text_keys, other=float("-inf"))
+        end = tl.max(tl.where(added != float("-inf"), key + 1, 0), 0)
     summed = attend_keys(
-        query, text_k + first, text_v + first, text_bias + batch * bias_stride, text_keys, heads, scale,
+        query, text_k + first, text_v + first, bias, end, heads, scale,
         D, BLOCK_M, BLOCK_TEXT, HAS_BIAS,
     )  # fmt: skip
     first = (batch * image_keys * heads + head) * D
@@ -127,6 +132,7 @@ def dual_cross_attention(
         text_bias.shape[-1] if text_bias is not None and text_bias.ndim == 2 else 0,
         dim**-0.5,
         D=dim, BLOCK_M=tile.queries, BLOCK_TEXT=tile.text, BLOCK_IMAGE=tile.image,
+        BLOCK_KEYS=1 if text_bias is None else triton.next_power_of_2(text_k.shape[1]),
         HAS_BIAS=text_bias is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -145,7 +151,7 @@ KERNELS = tuple(
         },
         {
             "D": dim, "BLOCK_M": tile.queries, "BLOCK_TEXT": tile.text, "BLOCK_IMAGE": tile.image,
-            "HAS_BIAS": has_bias,
+            "BLOCK_KEYS": 512 if has_bias else 1, "HAS_BIAS": has_bias,
         },
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import gelu_tanh
 from .specialization import Specialization
 
 FP8_MAX = 448.0  # the largest float8 e4m3
@@ -37,21 +38,18 @@ def store_row_fp8(row, out, scale, at, columns, mask, FP8_LIMIT: tl.constexpr):
 
 
 @triton.jit
-def load_part(x, columns, mask, GELU: tl.constexpr):
-    """x at `columns` as float32, through the tanh form of GELU if asked; 0 outside the mask.
-
-    0.5 (1 + tanh u) = sigmoid(2u), with u = sqrt(2 / pi) (x + 0.044715 x^3).
-    """
+def load_part(x, columns, mask, GELU: tl.constexpr, FAST: tl.constexpr):
+    """x at `columns` as float32, through the tanh form of GELU if asked; 0 outside the mask."""
     part = tl.load(x + columns, mask=mask, other=0.0).to(tl.float32)
     if GELU:
-        part *= tl.sigmoid(1.5957691216057308 * (part + 0.044715 * part * part * part))
+        part = gelu_tanh(part, FAST)
     return part
 
 
 @triton.jit
 def quantize_kernel(
     x, out, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, FP8_LIMIT: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, FP8_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """One row of D: read once if it fits a block, else twice, the second time from L2."""
     at = tl.program_id(0).to(tl.int64)
@@ -60,17 +58,17 @@ def quantize_kernel(
     columns = tl.arange(0, BLOCK)
     if D <= BLOCK:
         mask = columns < D
-        store_row_fp8(load_part(x, columns, mask, GELU), out, scale, at, columns, mask, FP8_LIMIT)
+        store_row_fp8(load_part(x, columns, mask, GELU, FAST), out, scale, at, columns, mask, FP8_LIMIT)
     else:
         largest = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, D, BLOCK):
-            part = load_part(x, start + columns, start + columns < D, GELU)
+            part = load_part(x, start + columns, start + columns < D, GELU, FAST)
             largest = tl.maximum(largest, tl.abs(part))
         s = row_scale(tl.max(largest, 0), FP8_LIMIT)
         inverse = tl.div_rn(1.0, s)
         for start in range(0, D, BLOCK):
             mask = start + columns < D
-            part = load_part(x, start + columns, mask, GELU)
+            part = load_part(x, start + columns, mask, GELU, FAST)
             tl.store(out + start + columns, to_fp8(part, inverse, out.dtype.element_ty, FP8_LIMIT), mask=mask)
         tl.store(scale + at, s)
 
@@ -82,8 +80,9 @@ def quantize(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     block = min(WIDEST_BLOCK, triton.next_power_of_2(width))
     quantize_kernel[(scale.numel(),)](
-        x, out, scale, D=width, BLOCK=block, GELU=gelu, FP8_LIMIT=FP8_MAX, num_warps=warps(block)
-    )
+        x, out, scale,
+        D=width, BLOCK=block, GELU=gelu, FAST=x.is_cuda, FP8_LIMIT=FP8_MAX, num_warps=warps(block),
+    )  # fmt: skip
     return out, scale
 
 
@@ -97,7 +96,7 @@ KERNELS = tuple(
     Specialization(
         quantize_kernel,
         {"x": "*bf16", "out": "*fp8e4nv", "scale": "*fp32"},
-        {"D": width, "BLOCK": block, "GELU": gelu, "FP8_LIMIT": FP8_MAX},
+        {"D": width, "BLOCK": block, "GELU": gelu, "FAST": True, "FP8_LIMIT": FP8_MAX},
         num_warps=warps(block),
     )
     for width, block in ((5120, 8192), (13824, 16384), (30720, 16384))

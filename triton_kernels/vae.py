@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import silu
 from .specialization import Specialization
 
 NDHWC = torch.channels_last_3d
@@ -33,12 +34,11 @@ def load_sum(
 
 
 @triton.jit
-def rms_silu(row, gamma, columns, eps, C: tl.constexpr):
+def rms_silu(row, gamma, columns, eps, C: tl.constexpr, FAST: tl.constexpr):
     """silu(row / rms(row) * gamma) of rows [P, BLOCK_C] whose channels past C are zero; float32."""
     row = row.to(tl.float32)
     weight = tl.load(gamma + columns, mask=columns < C, other=0.0).to(tl.float32)
-    normed = row * tl.rsqrt(tl.sum(row * row, 1) / C + eps)[:, None] * weight[None, :]
-    return normed * tl.sigmoid(normed)
+    return silu(row * tl.rsqrt(tl.sum(row * row, 1) / C + eps)[:, None] * weight[None, :], FAST)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def norm_silu_kernel(
     x, bias, shortcut, gamma, past, total, out,
     pixels, frames, past_batch_stride, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SHORTCUT: tl.constexpr, HAS_PAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SHORTCUT: tl.constexpr, HAS_PAST: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels of one frame of `out`, whose first two frames are the past."""
     at = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -81,7 +81,7 @@ def norm_silu_kernel(
         row = load_sum(x, bias, shortcut, source, columns, mask, C, HAS_BIAS, HAS_SHORTCUT)
         if HAS_SHORTCUT:
             tl.store(total + source, row, mask=mask)
-        tl.store(target, rms_silu(row, gamma, columns, eps, C).to(out.dtype.element_ty), mask=mask)
+        tl.store(target, rms_silu(row, gamma, columns, eps, C, FAST).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def head_taps_kernel(
     x, bias, shortcut, gamma, past, weight, taps, future,
     pixels, frames, past_batch_stride, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels through all frames: what each contributes to its neighbours, summed over time.
 
@@ -150,7 +150,7 @@ def head_taps_kernel(
     for t in range(frames):
         frame = batch * frames + t
         row = load_sum(x, bias, shortcut, frame * pixels * C + offsets, columns, mask, C, HAS_BIAS, True)
-        row = rms_silu(row, gamma, columns, eps, C).to(x.dtype.element_ty)
+        row = rms_silu(row, gamma, columns, eps, C, FAST).to(x.dtype.element_ty)
         done = tl.dot(row, third, older, input_precision="ieee")
         older = tl.dot(row, second, newer, input_precision="ieee")
         newer = tl.dot(row, first, input_precision="ieee")
@@ -217,6 +217,7 @@ def norm_silu(
         height * width, frames, 0 if past is None else past.stride(0), eps,
         C=channels, BLOCK_C=block_c, BLOCK_P=block_p,
         HAS_BIAS=bias is not None, HAS_SHORTCUT=shortcut is not None, HAS_PAST=past is not None,
+        FAST=x.is_cuda,
     )  # fmt: skip
     return total, out
 
@@ -254,7 +255,7 @@ def head(
         pixels, frames, 0 if past is None else past.stride(0), eps,
         C=channels, BLOCK_C=max(16, triton.next_power_of_2(channels)),
         N=columns, BLOCK_N=max(16, triton.next_power_of_2(columns)), BLOCK_P=HEAD_PIXELS,
-        HAS_BIAS=bias is not None, HAS_PAST=past is not None, num_stages=2,
+        HAS_BIAS=bias is not None, HAS_PAST=past is not None, FAST=x.is_cuda, num_stages=2,
     )  # fmt: skip
     out = x.new_empty((batch, outputs, frames, height, width))
     block = 512
@@ -299,7 +300,8 @@ KERNELS = (
     *(_specialized(add_residual_kernel, **_WIDE, HAS_BIAS=has) for has in (False, True)),
     *(
         _specialized(
-            norm_silu_kernel, **_WIDE, HAS_BIAS=has_bias, HAS_SHORTCUT=has_shortcut, HAS_PAST=has_past
+            norm_silu_kernel, **_WIDE,
+            HAS_BIAS=has_bias, HAS_SHORTCUT=has_shortcut, HAS_PAST=has_past, FAST=True,
         )
         for has_bias, has_shortcut in ((False, False), (True, False), (True, True))
         for has_past in (False, True)
@@ -308,7 +310,7 @@ KERNELS = (
     *(
         _specialized(
             head_taps_kernel, num_stages=2, C=96, BLOCK_C=128, N=27, BLOCK_N=32, BLOCK_P=HEAD_PIXELS,
-            HAS_BIAS=True, HAS_PAST=has_past,
+            HAS_BIAS=True, HAS_PAST=has_past, FAST=True,
         )
         for has_past in (False, True)
     ),

@@ -168,7 +168,7 @@ def write_converted(
         )
     modules = {name: build(checkpoint, name) for name in checkpoint.parts}
     written = {
-        name: _Part(module, checkpoint.parts[name], dtypes[name], fp8 and name == "dit")
+        name: _Stored(module, checkpoint.parts[name], dtypes[name], fp8 and name == "dit")
         for name, module in modules.items()
     }
     plans = {name: _shards(name, part) for name, part in written.items()}
@@ -217,7 +217,7 @@ def _layout(checkpoint: Checkpoint, fp8: bool) -> dict[str, Any]:
 Entries = list[tuple[str, list[int], torch.dtype]]
 
 
-class _Part:
+class _Stored:
     """One network as it is stored: in `dtype`, the DiT's large projections as float8 and their scales."""
 
     def __init__(self, module: nn.Module, part: Part, dtype: torch.dtype, fp8: bool) -> None:
@@ -249,7 +249,7 @@ class _Part:
         return value.dtype if value.dtype == ops.FP8 or name.endswith("weight_scale") else self._dtype
 
 
-def _shards(name: str, part: _Part) -> list[tuple[Entries, int]]:
+def _shards(name: str, part: _Stored) -> list[tuple[Entries, int]]:
     """[(entries, bytes)]: parameters in their source's order, the DiT's in files of at most SHARD_BYTES."""
     limit = SHARD_BYTES if name == "dit" else math.inf
     shards: list[tuple[Entries, int]] = []
@@ -282,6 +282,6 @@ def _write_safetensors(path: Path, entries: Entries, values: Iterator[Tensor]) -
         for value in values:
             raw = value.contiguous().reshape(-1).view(torch.uint8)
             file.write(raw.numpy().data)
-            del raw  # before the next one is made: one tensor at a time, not two
+            del raw, value  # before the next one is made: one tensor at a time, not two
         file.flush()
         os.fsync(file.fileno())

@@ -120,14 +120,15 @@ class AudioCrossAttention(nn.Module):
         return k.contiguous(), v.contiguous()  # once, not in every step
 
     def forward(self, x: Tensor, audio: KeysValues) -> Tensor:
-        if x.is_cuda and not torch.is_grad_enabled():
+        if x.is_cuda and not torch.is_grad_enabled() and not ops.plainly():
             frames, keys = audio[0].shape[1:3]
             work = ops.AudioWork(
                 x.shape[0] * x.shape[1], x.shape[0] * frames, keys, self.num_heads, x.shape[2]
             )
             if ops.audio_form(work) == "absorbed":
-                folded = ops.absorb_audio(self.q_linear.weight, self.q_linear.bias, *audio, self.proj.weight)
-                return ops.absorbed_audio_attention(x, *folded, self.proj.bias, self.num_heads, keys)
+                q, out = self.q_linear, self.proj
+                folded = ops.absorb_audio(q.weight, q.bias, *audio, out.weight, out.bias)
+                return ops.absorbed_audio_attention(x, *folded, self.num_heads, keys)
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
         return self.proj(ops.audio_cross_attention(q, *audio).flatten(2))  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ from . import residual_norm as _residual_norm
 from . import slice_conv as _slice_conv
 from . import upsample_conv as _upsample_conv
 from . import vae_head as _vae_head
-from ._dispatch import TORCH, OpSpec, plain_backends
+from ._dispatch import TORCH, OpSpec, plain_backends, plainly
 from .add_residual import add_residual
 from .audio_cross_attention import (
     AudioWork,
@@ -88,6 +88,7 @@ __all__ = [
     "norm_silu",
     "padding_bias",
     "plain_backends",
+    "plainly",
     "qk_norm_rope",
     "quantize",
     "residual_norm",

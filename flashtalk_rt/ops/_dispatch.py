@@ -154,6 +154,12 @@ def plain_backends() -> Iterator[None]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def plainly() -> bool:
+    """Whether `plain_backends` is in force; for a caller that has another algebra to choose."""
+    return _plainly.get()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_for(
     op: OpSpec,
     device: torch.device,

@@ -4,7 +4,7 @@ Plain: q = x Wq^T + bq, attention, output projection.  Absorbed: q has no norm a
 both projections fold into matrices of that frame (performance.md, item 3):
 
     scores = (x Wq^T + bq)_h . K_h D^-0.5 = x A + a_bias
-    out    = sum_h P_h V_h Wo_h^T + bo    = P B + bo
+    out    = sum_h P_h V_h Wo_h^T + bo    = P B, for each head's weights P_h sum to 1: bo is in head 0's rows
 
 A and B of 40 layers would be 9 GB, so they are made again for each layer in each step.
 """
@@ -95,11 +95,12 @@ def _head_products(x: Tensor, weight: Tensor, scale: float) -> Tensor:
 
     One batched product that writes every head's rows straight to their place; einsum would copy them there.
     """
-    rows = x.flatten(0, 2)
-    out = x.new_empty((rows.shape[0], rows.shape[1], weight.shape[-1]))
-    by_head = out.transpose(0, 1)
-    torch.baddbmm(by_head, rows.transpose(0, 1), weight, beta=0, alpha=scale, out=by_head)
-    return out.view(*x.shape[:2], -1, weight.shape[-1])
+    batch, frames, keys, heads, _ = x.shape
+    # Not a view of what is written: autograd lets no view that a custom op returns be added to.
+    out = x.new_empty((batch, frames, keys * heads, weight.shape[-1]))
+    by_head = out.view(-1, heads, weight.shape[-1]).transpose(0, 1)
+    torch.baddbmm(by_head, x.flatten(0, 2).transpose(0, 1), weight, beta=0, alpha=scale, out=by_head)
+    return out
 
 
 @_head_products.register_fake
@@ -112,12 +113,12 @@ differentiate_through(_head_products, _plain_products)
 
 
 def absorb_audio(
-    q_weight: Tensor, q_bias: Tensor, k: Tensor, v: Tensor, o_weight: Tensor
+    q_weight: Tensor, q_bias: Tensor, k: Tensor, v: Tensor, o_weight: Tensor, o_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fold the query and output projections into a chunk's audio keys and values.
 
-    q_weight, o_weight [C, C] (out, in) and q_bias [C] as nn.Linear has them; k, v [B, T, N, H, D] with
-    C = H D; one dtype.  Returns (A [B, T, C, N*H], a_bias [B, T, N*H], B [B, T, N*H, C]) in that dtype,
+    q_weight, o_weight [C, C] (out, in) and q_bias, o_bias [C] as nn.Linear has them; k, v [B, T, N, H, D]
+    with C = H D; one dtype.  Returns (A [B, T, C, N*H], a_bias [B, T, N*H], B [B, T, N*H, C]) in that dtype,
     A and a_bias scaled by D^-0.5; sums are float32.  Column n*H + h is key n of head h: in that order no
     matrix is copied between the products (A is stored transposed).  ValueError where the shapes do not
     belong together.
@@ -133,6 +134,8 @@ def absorb_audio(
     a: Tensor = _head_products(k, q_weight.view(heads, dim, width), scale)
     a_bias: Tensor = _head_products(k, q_bias.view(heads, dim, 1), scale)
     b: Tensor = _head_products(v, o_weight.view(width, heads, dim).permute(1, 2, 0), 1.0)
+    # Not o_bias / H in every row: that would round, read and write all of B once more.
+    b[:, :, ::heads] += o_bias
     return a.mT, a_bias.squeeze(-1), b
 
 
@@ -141,7 +144,6 @@ def absorbed_audio_attention(
     A: Tensor,
     a_bias: Tensor,
     B: Tensor,
-    o_bias: Tensor,
     num_heads: int,
     keys: int,
     *,
@@ -150,9 +152,9 @@ def absorbed_audio_attention(
     """The whole audio cross-attention, projections included, from the matrices of `absorb_audio`.
 
     x [Bt, T*S, C] with S tokens a latent frame; A [Bt, T, C, N*H]; a_bias [Bt, T, N*H]; B [Bt, T, N*H, C];
-    o_bias [C], the output projection's; H = num_heads, N = keys; one dtype, in which scores and weights
-    are stored between the products; the softmax is float32.  Returns [Bt, T*S, C] in x's dtype.
-    ValueError where the shapes do not belong together.
+    H = num_heads, N = keys; one dtype, in which scores and weights are stored between the products; the
+    softmax is float32.  Returns [Bt, T*S, C] in x's dtype.  ValueError where the shapes do not belong
+    together.
     """
     batch, tokens, width = x.shape
     frames = A.shape[1]
@@ -166,7 +168,7 @@ def absorbed_audio_attention(
         weights: Tensor = _softmax(scores, bias.contiguous(), keys)
     else:
         (weights,) = _plain_softmax(scores, bias, keys)
-    return torch.baddbmm(o_bias, weights, B.flatten(0, 1)).reshape(x.shape)
+    return torch.bmm(weights, B.flatten(0, 1)).reshape(x.shape)
 
 
 # --- which form --------------------------------------------------------------------------------------
@@ -232,7 +234,6 @@ def _absorbed_case(batch: int, frames: int, tokens: int, keys: int, heads: int, 
             "A": normal(batch, frames, columns, width, scale=width**-0.5).mT,
             "a_bias": normal(batch, frames, columns),
             "B": normal(batch, frames, columns, width, scale=heads**-0.5),
-            "o_bias": normal(width),
             "num_heads": heads,
             "keys": keys,
         }
@@ -265,5 +266,5 @@ ABSORBED_SPEC = OpSpec(
         _absorbed_case(1, 1, 84, 1, 1, 7),
     ),
     workload=_absorbed_case(1, 9, 1344, 32, 40, 5120),
-    gradients=("x", "A", "a_bias", "B", "o_bias"),
+    gradients=("x", "A", "a_bias", "B"),
 )

@@ -62,8 +62,8 @@ def dual_cross_attention(
 
     q [B, L, H, D]; text_k, text_v [B, T, H, D]; image_k, image_v [B, I, H, D]; one dtype.
     text_bias [T] or [B, T] float32 is added to the scaled text scores q . k * D^-0.5: log(m) makes a key
-    count m times (`padding_bias`); -inf hides a key, and the kernel skips tiles of hidden keys, so the
-    text may lie in a buffer of fixed length with a finite rest.  At least one text key must be left.
+    count m times (`padding_bias`); -inf hides a key, and the kernel reads nothing behind the last
+    visible one, so the text may lie in a buffer of fixed length.  At least one text key must be left.
     Returns [B, L, H, D] in q's dtype.  ValueError where the shapes do not belong together.
     """
     batch, _, heads, dim = q.shape
