@@ -51,15 +51,22 @@ def floor_ms(
 
 
 def gemm_ms(gemm: Gemm, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
-    """One product of activations [m, k] and a weight [n, k], as a linear layer without bias."""
+    """One product of activations [m, k] and a weight [n, k], as a linear layer without bias; a batched one
+    of [batch, m, k] and [batch, n, k], not in float8."""
+    batch = [gemm.batch] if gemm.batch > 1 else []
 
     def make() -> tuple[Tensor, Tensor]:
         return (
-            torch.randn(gemm.m, gemm.k, device=device).to(dtype),
-            torch.randn(gemm.n, gemm.k, device=device).to(dtype),
+            torch.randn(*batch, gemm.m, gemm.k, device=device).to(dtype),
+            torch.randn(*batch, gemm.n, gemm.k, device=device).to(dtype),
         )
 
-    size_bytes = (gemm.m + gemm.n) * gemm.k * dtype.itemsize
+    def batched(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(x, weight.mT)
+
+    size_bytes = gemm.batch * (gemm.m + gemm.n) * gemm.k * dtype.itemsize
+    if batch:
+        return measure(batched, device, rotation(make, size_bytes, device), repeats).median_ms
     if dtype != FP8:
         return measure(F.linear, device, rotation(make, size_bytes, device), repeats).median_ms
     rows = torch.rand(gemm.m, 1, device=device) + 0.5
@@ -117,11 +124,15 @@ def convolution_ms(convolution: Convolution, device: torch.device, dtype: torch.
     """One convolution without bias, channels-last, its temporal context already in the input."""
     c = convolution
     frames = (c.frames - 1) * c.stride[0] + c.kernel[0]
-    height, width = c.height * c.stride[1], c.width * c.stride[2]
+    # A kernel of 2 has one pixel of padding in all, on whichever side.
+    height, width = (
+        side * stride + (kernel % 2 == 0)
+        for side, stride, kernel in zip((c.height, c.width), c.stride[1:], c.kernel[1:], strict=True)
+    )
     layout = torch.channels_last_3d
     weight = torch.randn(c.out_dim, c.in_dim, *c.kernel, device=device, dtype=dtype)
     weight = weight.contiguous(memory_format=layout)
-    padding = (0, c.kernel[1] // 2, c.kernel[2] // 2)
+    padding = (0, (c.kernel[1] - 1) // 2, (c.kernel[2] - 1) // 2)
 
     def make() -> tuple[Tensor]:
         x = torch.randn(1, c.in_dim, frames, height, width, device=device, dtype=dtype)

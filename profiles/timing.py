@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+HEAD_START_CYCLES = 50_000_000  # of the GPU's clock: some 30 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,10 @@ def measure(
         return Timing(tuple(samples_ms))
     stream = torch.cuda.current_stream(device)
     events = []
+    with torch.cuda.stream(stream):
+        # Launching a small op takes the host longer than running it takes the device: keep the device busy
+        # until the queue is filled, or the events would time the host.
+        torch.cuda._sleep(HEAD_START_CYCLES)
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         arguments = next(turns)

@@ -1,7 +1,10 @@
 """How much arithmetic the networks ask for: every product, attention and convolution, from the configs alone.
 
-A multiplication and an addition are two operations.  What is left out is below one percent: norms, rotations,
-softmax, modulation, patch embedding, time and audio projections.
+Counted is the published work, in the published form, unless a caller asks for the form that the runtime
+takes: audio cross-attention with its projections absorbed (`dit_audio_linears`), upsampling folded into
+convolutions of the small picture (`vae_decode`).  A multiplication and an addition are two operations.  What
+is left out is below one percent: norms, rotations, softmax, modulation, patch embedding, time projections,
+and what is constant over a session or a chunk (keys and values of text, image and audio).
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from typing import Literal
 
 from ..config import DiTConfig, StreamConfig, VAEConfig
 
@@ -18,15 +22,16 @@ TEMPORAL = (False, True, True)
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """[m, k] x [k, n]."""
+    """[m, k] x [k, n], `batch` times with other matrices."""
 
     m: int
     k: int
     n: int
+    batch: int = 1
 
     @property
     def flop(self) -> int:
-        return 2 * self.m * self.k * self.n
+        return 2 * self.batch * self.m * self.k * self.n
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Convolution:
 
 
 Work = Gemm | Attention | Convolution
+AudioForm = Literal["plain", "absorbed"]  # as `ops.audio_form` chooses
 
 
 def total_flop(work: Iterable[Work]) -> int:
@@ -76,15 +82,37 @@ def tokens(stream: StreamConfig) -> int:
 
 
 def dit_linears(config: DiTConfig, stream: StreamConfig) -> list[Work]:
-    """The linear layers of one denoising step, query, key and value of self-attention as one product.
-    Keys and values of text, image and audio are constants of the session or the chunk."""
+    """All linear layers of one denoising step as published."""
+    return dit_main_linears(config, stream) + dit_audio_linears(config, stream, "plain")
+
+
+def dit_main_linears(config: DiTConfig, stream: StreamConfig) -> list[Work]:
+    """The linear layers of one denoising step but for the audio's: the products that fp8 runs in float8.
+    Query, key and value of self-attention are one product."""
     count, dim = tokens(stream), config.dim
     layer: list[Work] = [
         Gemm(count, dim, 3 * dim),
-        *[Gemm(count, dim, dim)] * 5,  # self out; cross query and out; audio query and out
+        *[Gemm(count, dim, dim)] * 3,  # self out; cross query and out
         Gemm(count, dim, config.ffn_dim),
         Gemm(count, config.ffn_dim, dim),
     ]
+    return layer * config.num_layers
+
+
+def dit_audio_linears(config: DiTConfig, stream: StreamConfig, form: AudioForm) -> list[Work]:
+    """The products of one denoising step's audio cross-attention.  plain: the query and output projections.
+    absorbed: making A and B, head by head, then each frame's scores and sums, which leaves no attention."""
+    count, dim, frames = tokens(stream), config.dim, stream.latent_frames
+    if form == "plain":
+        layer: list[Work] = [Gemm(count, dim, dim)] * 2
+    else:
+        keys = config.context_tokens
+        columns = keys * config.num_heads
+        layer = [
+            *[Gemm(frames * keys, config.head_dim, dim, batch=config.num_heads)] * 2,
+            Gemm(count // frames, dim, columns, batch=frames),
+            Gemm(count // frames, columns, dim, batch=frames),
+        ]
     return layer * config.num_layers
 
 
@@ -106,7 +134,7 @@ def dit_cross_attention(config: DiTConfig, stream: StreamConfig, image_tokens: i
 
 
 def dit_step(config: DiTConfig, stream: StreamConfig) -> list[Work]:
-    """One denoising step."""
+    """One denoising step as published."""
     return (
         dit_linears(config, stream) + dit_self_attention(config, stream) + dit_cross_attention(config, stream)
     )
@@ -131,9 +159,11 @@ def _middle(dim: int, frames: int, height: int, width: int) -> list[Work]:
     ]
 
 
-def vae_decode_frame(config: VAEConfig, stream: StreamConfig, first: bool) -> list[Work]:
-    """Decoding one latent frame, the `first` of a video or a later one.  Upsampling is counted as a
-    convolution of the large picture: the four small ones it can be split into take 2.25 times less."""
+def vae_decode_frame(
+    config: VAEConfig, stream: StreamConfig, first: bool, folded: bool = False
+) -> list[Work]:
+    """Decoding one latent frame, the `first` of a video or a later one.  Upsampling is a convolution of the
+    large picture; `folded`, four of the small one, 2.25 times less."""
     widths = tuple(reversed(config.dim_mult))
     dims = [config.dim * m for m in (widths[0], *widths)]
     frames, height, width = 1, stream.height // 8, stream.width // 8
@@ -148,15 +178,18 @@ def vae_decode_frame(config: VAEConfig, stream: StreamConfig, first: bool) -> li
         if TEMPORAL[-1 - level] and not first:
             work.append(Convolution(out_dim, 2 * out_dim, (3, 1, 1), frames, height, width))
             frames *= 2
-        height, width = 2 * height, 2 * width
-        work.append(Convolution(out_dim, out_dim // 2, (1, 3, 3), frames, height, width))
+        small, (height, width) = (height, width), (2 * height, 2 * width)
+        if folded:
+            work += [Convolution(out_dim, out_dim // 2, (1, 2, 2), frames, *small)] * 4
+        else:
+            work.append(Convolution(out_dim, out_dim // 2, (1, 3, 3), frames, height, width))
     return [*work, Convolution(dims[-1], 3, (3, 3, 3), frames, height, width)]
 
 
-def vae_decode(config: VAEConfig, stream: StreamConfig) -> list[Work]:
-    """Decoding a chunk."""
-    later = vae_decode_frame(config, stream, first=False)
-    return vae_decode_frame(config, stream, first=True) + later * (stream.latent_frames - 1)
+def vae_decode(config: VAEConfig, stream: StreamConfig, folded: bool = False) -> list[Work]:
+    """Decoding a chunk; `folded`: see `vae_decode_frame`."""
+    later = vae_decode_frame(config, stream, first=False, folded=folded)
+    return vae_decode_frame(config, stream, first=True, folded=folded) + later * (stream.latent_frames - 1)
 
 
 def _encode_step(config: VAEConfig, stream: StreamConfig, frames: int) -> list[Work]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from rich.console import Console, RenderableType
 
 from flashtalk_rt import bench, ops
 from flashtalk_rt import profile as profiler
-from flashtalk_rt.bench import models, plain, report
+from flashtalk_rt.bench import baselines, models, plain, report
 from flashtalk_rt.cli import main
-from flashtalk_rt.config import StreamConfig
+from flashtalk_rt.config import DiTConfig, StreamConfig
 from flashtalk_rt.errors import FlashTalkError, InputError, OutputError
+from flashtalk_rt.modules.dit import DiT
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.ops import _dispatch
 from flashtalk_rt.profiles.budgets import Budget, Budgets
@@ -45,7 +48,9 @@ def measured() -> tuple[dict[str, Any], list[str], list[int]]:
         patch.setattr(
             ops, "REGISTRY", [spec for spec in ops.REGISTRY if spec.name in ("adaln", "layer_norm")]
         )
-        record = bench.measure(tiny.model(), 2, "fp32", 32, 48, PLAN, repeat=repeat, log=lines.append)
+        record = bench.measure(
+            tiny.model(), 2, "fp32", 32, 48, bench.Baselines(PLAN), repeat=repeat, log=lines.append
+        )
     return record, lines, asked
 
 
@@ -58,7 +63,7 @@ def shown(renderable: RenderableType) -> str:
 def test_a_run_gives_a_valid_result(measured: tuple[Any, ...], tmp_path: Path) -> None:
     record, lines, asked = measured
     check_latency(record, "the run")
-    assert asked == [3] and len(lines) == 5
+    assert asked == [3] and len(lines) == 6
     assert (record["height"], record["width"], record["steps"], record["precision"]) == (32, 48, 2, "fp32")
     assert record["gpus"] == 0 and record["commit"]
     figures = record["figures"]
@@ -90,6 +95,40 @@ def test_the_table_shows_budgets_or_why_none_hold(measured: tuple[Any, ...]) -> 
 def test_numbers() -> None:
     assert [report.number(x) for x in (None, 0.123456, 12.0, 54321.6)] == ["-", "0.1235", "12", "54,322"]
     assert report.ratio(3.0, None) == "-" and report.ratio(3.0, 2.0) == "1.50"
+
+
+def test_baselines_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(baselines, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(baselines, name, call)
+
+    for name in ("plain_timings", "measure_floors", "measure_ops"):
+        counted(name)
+    monkeypatch.setattr(ops, "REGISTRY", [spec for spec in ops.REGISTRY if spec.name == "adaln"])
+    shared = bench.Baselines(dataclasses.replace(PLAN, chunks=1))
+    first = bench.measure(tiny.model(), 1, "bf16", 32, 32, shared)
+    second = bench.measure(tiny.model(), 2, "bf16", 32, 32, shared)
+    assert sorted(calls) == ["measure_floors", "measure_ops", "plain_timings"]
+    assert first["floors"]["color_ms"] == second["floors"]["color_ms"]
+    other = bench.measure(tiny.model(), 1, "bf16", 16, 32, shared, plain=False)
+    assert calls[3:] == ["measure_floors"]
+    check_latency(other, "a run without the plain path")
+    assert set(other["reference"].values()) == {None}
+    bench.plot(other, tmp_path / "plot.png")
+    assert "plain path" in shown(bench.table(other, None))
+
+
+def test_the_floor_counts_the_form_that_runs() -> None:
+    """Which a CPU never absorbs: `audio_form` asks no device, so a GPU's answer can be had here."""
+    assert baselines.audio_form(DiTConfig(), StreamConfig(), torch.device("cuda")) == "absorbed"
+    assert baselines.audio_form(DiTConfig(), StreamConfig(), CPU) == "plain"
 
 
 def test_the_plot(measured: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +167,25 @@ def test_a_wrong_result_is_not_timed(network: str, damage: float, monkeypatch: p
         plain.check_results(tiny.model(), STREAM, "fp32")
 
 
+def test_the_plain_path_leaves_no_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[DiT]] = []
+
+    def kept(*arguments: Any) -> DiT:
+        dit = models.random_dit(*arguments)
+        made.append(weakref.ref(dit))
+        return dit
+
+    monkeypatch.setattr(plain, "random_dit", kept)
+    model = tiny.model()
+    gc.disable()
+    try:
+        plain.plain_timings(model, STREAM, torch.float32, "eager", 1)
+        torch.compiler.reset()
+        assert made and all(dit() is None for dit in made)
+    finally:
+        gc.enable()
+
+
 def test_right_results_pass() -> None:
     assert max(plain.check_results(tiny.model(), STREAM, "fp32").values()) < 1e-5
     assert 1e-4 < max(plain.check_results(tiny.model(), STREAM, "bf16").values()) < 0.1
@@ -153,7 +211,9 @@ def test_a_random_model_listens_with_wav2vec2_and_streams() -> None:
     config = dataclasses.replace(tiny.DIT, audio_blocks=12, audio_dim=768)
     stream = StreamConfig(height=16, width=16, steps=1)
     model = models.random_model(CPU, config, tiny.VAE_SMALL, stream)
-    assert {p.dtype for network in model.networks() for p in network.parameters()} == {torch.bfloat16}
+    assert {p.dtype for network in (model.dit, model.vae) for p in network.parameters()} == {torch.bfloat16}
+    assert isinstance(model.audio_encoder, torch.nn.Module)
+    assert {p.dtype for p in model.audio_encoder.parameters()} == {torch.float32}
     assert torch.get_default_dtype() == torch.float32
     engine = Engine(model, precision="fp32")
     session = engine.session(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())

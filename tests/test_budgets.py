@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from flashtalk_rt import ops
 from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
 from flashtalk_rt.errors import InputError, OutputError
 from flashtalk_rt.profiles import budgets as budgets_module
@@ -274,11 +275,26 @@ def test_the_work_is_what_the_design_says() -> None:
         counted.append(work.vae_decode(vae, stream))
         tflop = [work.total_flop(items) / 1e12 for items in counted]
         assert tflop == pytest.approx([linears, attention, decode], rel=0.006)
+        own = work.dit_main_linears(dit, stream) + work.dit_audio_linears(dit, stream, "absorbed")
+        audio = ops.AudioWork(work.tokens(stream), 9, dit.context_tokens, dit.num_heads, dit.dim)
+        saved = audio.plain_flops - 4 * audio.tokens * dit.dim * dit.context_tokens - audio.absorbed_flops
+        assert work.total_flop(work.dit_linears(dit, stream)) - work.total_flop(own) == dit.num_layers * saved
     cross = work.total_flop(work.dit_cross_attention(dit, StreamConfig())) / 1e12
     assert cross == pytest.approx(7.6, rel=0.05)  # there without audio
     assert (
         work.tokens(StreamConfig()) == 12_096 and work.tokens(StreamConfig(height=720, width=416)) == 10_530
     )
+
+
+def test_folded_upsampling_takes_less() -> None:
+    def upsampling(folded: bool) -> int:
+        items = work.vae_decode(VAEConfig(), StreamConfig(), folded)
+        kernel = (1, 2, 2) if folded else (1, 3, 3)
+        return sum(
+            item.flop for item in items if isinstance(item, work.Convolution) and item.kernel == kernel
+        )
+
+    assert upsampling(False) == 2.25 * upsampling(True) > 0
 
 
 def test_a_timing() -> None:
@@ -299,9 +315,11 @@ def test_measure_calls_in_turn_and_does_not_count_the_warm_up() -> None:
 def test_floors_sum_over_what_is_counted() -> None:
     items: list[work.Work] = [
         work.Gemm(32, 16, 48),
+        work.Gemm(32, 16, 48, batch=3),
         work.Attention(2, 16, 8, 24),
         work.Convolution(3, 5, (3, 3, 3), 2, 8, 8),
         work.Convolution(4, 4, (1, 3, 3), 1, 8, 8, stride=(1, 2, 2)),
+        work.Convolution(4, 4, (1, 2, 2), 1, 8, 8),
     ]
     once = floors.floor_ms(items, CPU, torch.float32, torch.float32, repeats=3)
     many = floors.floor_ms(items * 50, CPU, torch.float32, torch.float32, repeats=3)

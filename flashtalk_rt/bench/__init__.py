@@ -3,8 +3,9 @@
 `measure` takes any model; `published_model` makes the 14B one with random weights, on the device.
 """
 
+from .baselines import Baselines, Plan
 from .models import published_model
 from .report import plot, table
-from .suite import Plan, measure
+from .suite import measure
 
-__all__ = ["Plan", "measure", "plot", "published_model", "table"]
+__all__ = ["Baselines", "Plan", "measure", "plot", "published_model", "table"]

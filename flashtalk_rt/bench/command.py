@@ -11,10 +11,11 @@ from rich.console import Console
 from ..cli import PRECISION_HELP, check_folders, check_settings, say
 from ..profiles.budgets import load_budgets
 from ..profiles.record import write_result
+from .baselines import Baselines, Plan
 from .models import published_model
 from .report import plot as draw
 from .report import table
-from .suite import Plan, measure
+from .suite import measure
 
 app = typer.Typer(add_completion=False)
 
@@ -36,7 +37,7 @@ def bench(
     check_folders(out=out, plot=plot)
     assert height and width and chosen  # all three have a default
     model = published_model(None, height, width)
-    record = measure(model, steps, chosen, height, width, Plan(chunks=chunks), log=say)
+    record = measure(model, steps, chosen, height, width, Baselines(Plan(chunks=chunks)), log=say)
     budgets = load_budgets(record["device"])
     write_result(out, record)
     Console().print(table(record, budgets))

@@ -83,7 +83,8 @@ def published_model(device: str | None = None, height: int | None = None, width:
 
 
 def random_model(device: torch.device, dit: DiTConfig, vae: VAEConfig, stream: StreamConfig) -> Model:
-    """Random bfloat16 weights; wav2vec2 of the published size (so `dit` takes 12 blocks of 768) listens."""
+    """Random bfloat16 weights; wav2vec2 of the published size (so `dit` takes 12 blocks of 768) listens, in
+    float32 as it does in production."""
     from transformers import Wav2Vec2Config
 
     from ..modules.encoders import Wav2Vec2AudioEncoder
@@ -94,7 +95,7 @@ def random_model(device: torch.device, dit: DiTConfig, vae: VAEConfig, stream: S
     return Model(
         dit=random_dit(dit, device, dtype),
         vae=random_vae(vae, device, dtype),
-        audio_encoder=audio_encoder.to(dtype),
+        audio_encoder=audio_encoder,
         image_encoder=RandomImageEncoder(dit.image_dim),
         text_encoder=RandomTextEncoder(min(PROMPT_TOKENS, dit.text_len), dit.text_dim),
         stream=stream,

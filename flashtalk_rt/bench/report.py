@@ -15,6 +15,7 @@ from ..profiles.record import FIGURES
 
 STAGES = ("dit_step_ms", "vae_decode_ms", "vae_encode_ms", "color_ms")
 UNITS = {"ms": "ms", "gb": "GB"}
+FIRST_FRAME = "first frame: its pixels on the host; Session hands out whole chunks; audio features made ahead"
 
 
 def number(value: float | None) -> str:
@@ -45,7 +46,11 @@ def table(record: Mapping[str, Any], budgets: Budgets | None) -> RenderableType:
         "plain path",
         "published",
     )
-    stages = Table(*columns, title=f"{record['device']}: {shape}", caption=_about_budgets(record, budgets))
+    stages = Table(
+        *columns,
+        title=f"{record['device']}: {shape}",
+        caption=f"{_about_budgets(record, budgets)}\n{FIRST_FRAME}",
+    )
     for figure in (*FIGURES, *sorted(set(record["figures"]) - set(FIGURES))):
         value, budget = record["figures"][figure], held.get(figure)
         name, _, unit = figure.rpartition("_")
@@ -96,6 +101,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             "measured": record["figures"][name],
             "plain": record["reference"][name],
         }
+        bars = {of: value for of, value in bars.items() if value is not None}
         drawn = axes.bar(list(bars), list(bars.values()), color=["#9a9a9a", "#2a6f97", "#d5a021"])
         axes.bar_label(drawn, labels=[number(value) for value in bars.values()])
         axes.set_title(name.removesuffix("_ms").replace("_", " "))

@@ -1,0 +1,156 @@
+"""What a chunk is held against: the plain path, the floors, and the ops one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+from .. import ops
+from ..config import DiTConfig, Precision, StreamConfig
+from ..graphs.buffers import tensors
+from ..modules.model import Model
+from ..ops._dispatch import Case, OpSpec
+from ..profiles import floors, work
+from ..profiles.timing import Timing, measure, rotation
+from ..runtime.engine import DTYPES
+from .plain import plain_timings
+
+T = TypeVar("T")
+OpRows = dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How thoroughly to measure."""
+
+    chunks: int = 5
+    repeats: int = 8  # of a floor, an op or a stage of the plain path
+    compiler: str = "inductor"  # torch.compile's backend for the plain path
+    workloads: bool = True  # time ops on the 14B model's calls; else on a small case
+    copy_bytes: int = 1 << 30  # of the copy whose rate is the floor of what only moves data
+
+
+class Baselines:
+    """Measures each baseline once for all that it depends on, and keeps it for the results that follow."""
+
+    def __init__(self, plan: Plan | None = None) -> None:
+        self.plan = plan or Plan()
+        self._kept: dict[tuple[object, ...], Any] = {}
+
+    def plain(self, model: Model, stream: StreamConfig, dtype: torch.dtype) -> dict[str, Timing]:
+        """The stages in plain torch under torch.compile: see `plain_timings`."""
+        key = ("plain", model.device, model.dit.config, model.vae.config, stream, dtype)
+        plan = self.plan
+        return self._once(key, lambda: plain_timings(model, stream, dtype, plan.compiler, plan.repeats))
+
+    def floors(self, model: Model, stream: StreamConfig, precision: Precision) -> dict[str, float]:
+        """The floors of the stages in milliseconds: see `measure_floors`."""
+        key = ("floors", model.device, model.dit.config, model.vae.config, stream, precision)
+        rate, repeats = self.copy_rate(model.device), self.plan.repeats
+        return self._once(key, lambda: measure_floors(model, stream, precision, rate, repeats))
+
+    def ops(self, device: torch.device, dtype: torch.dtype) -> OpRows:
+        """Every op on its own: see `measure_ops`."""
+        rate = self.copy_rate(device)
+        return self._once(("ops", device, dtype), lambda: measure_ops(device, dtype, rate, self.plan))
+
+    def copy_rate(self, device: torch.device) -> float:
+        """Bytes that a copy reads and writes a second."""
+        plan = self.plan
+        return self._once(
+            ("copy", device), lambda: floors.copy_bytes_per_s(device, plan.repeats, plan.copy_bytes)
+        )
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(T, self._kept[key])
+
+
+def measure_floors(
+    model: Model, stream: StreamConfig, precision: Precision, copy_rate: float, repeats: int
+) -> dict[str, float]:
+    """The floors of the stages in milliseconds, of the work in the form that the runtime does it in.
+
+    A step: its linear layers and self-attentions; where the audio's projections are absorbed, the four
+    products of that form in their place, which stay in bfloat16 under fp8, as all of the audio's do.  The
+    VAE: its convolutions, upsampling folded.  Colour: the bytes it moves at `copy_rate`.
+    """
+    device, config, dtype = model.device, model.dit.config, DTYPES[precision]
+
+    def floor_ms(
+        items: list[work.Work], gemm_dtype: torch.dtype = dtype, attends: tuple[floors.Attend, ...] = ()
+    ) -> float:
+        return floors.floor_ms(items, device, dtype, gemm_dtype, repeats, attends)
+
+    audio = work.dit_audio_linears(config, stream, audio_form(config, stream, device))
+    decode = work.vae_decode(model.vae.config, stream, folded=True)
+    return {
+        "dit_step_ms": floor_ms(
+            work.dit_main_linears(config, stream), floors.FP8 if precision == "fp8" else dtype
+        )
+        + floor_ms(audio)
+        # The fastest attention there is, be it the op's own backend.
+        + floor_ms(work.dit_self_attention(config, stream), attends=(ops.chunk_attention,)),
+        "vae_decode_ms": floor_ms(convolutions(decode)),
+        "vae_encode_ms": floor_ms(convolutions(work.vae_encode(model.vae.config, stream))),
+        "color_ms": 1e3 * work.color_bytes(stream) / copy_rate,
+    }
+
+
+def audio_form(config: DiTConfig, stream: StreamConfig, device: torch.device) -> work.AudioForm:
+    """The form of audio cross-attention that the DiT takes in inference."""
+    if device.type != "cuda":
+        return "plain"
+    return ops.audio_form(
+        ops.AudioWork(
+            work.tokens(stream), stream.latent_frames, config.context_tokens, config.num_heads, config.dim
+        )
+    )
+
+
+def convolutions(items: list[work.Work]) -> list[work.Work]:
+    return [item for item in items if isinstance(item, work.Convolution)]
+
+
+@torch.no_grad()
+def measure_ops(device: torch.device, dtype: torch.dtype, copy_rate: float, plan: Plan) -> OpRows:
+    """Every op of the registry that has cases: ms (median), p95_ms, floor_ms (the bytes of its arguments and
+    results at the copy rate), reference_ms (its plain meaning under torch.compile, where it fits)."""
+    rows = {}
+    for spec in ops.REGISTRY:
+        case = spec.workload if plan.workloads else next(iter(spec.cases), None)
+        if case is not None and spec.function is not None:
+            rows[spec.name] = measure_op(spec, case, device, dtype, copy_rate, plan)
+    return rows
+
+
+def measure_op(
+    spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype, copy_rate: float, plan: Plan
+) -> dict[str, float]:
+    """One op on one call, its arguments not in the L2 cache."""
+    assert spec.function is not None
+    function = spec.function
+    generator = torch.Generator(device).manual_seed(0)
+    arguments = case.make(device, dtype, generator)
+    read = sum(tensor.nbytes for tensor in tensors(list(arguments.values())))
+    written = sum(tensor.nbytes for tensor in tensors([function(**arguments)]))
+    inputs = rotation(lambda: (case.make(device, dtype, generator),), read, device)
+    timing = measure(lambda given: function(**given), device, inputs, plan.repeats)
+    row = {
+        "ms": timing.median_ms,
+        "p95_ms": timing.p95_ms,
+        "floor_ms": 1e3 * (read + written) / copy_rate,
+    }
+    plain = spec.eager or spec.reference
+    if plain is not None:
+        compiled = torch.compile(plain, backend=plan.compiler, dynamic=False)
+        try:
+            reference = measure(lambda given: compiled(**given), device, inputs, plan.repeats)
+        except torch.OutOfMemoryError:
+            return row  # an explicit form of attention may not fit beside the model
+        row["reference_ms"] = reference.median_ms
+    return row
