@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,10 @@ from ..errors import InputError
 
 Work = Callable[[], None]
 
+# Held while a graph is captured or destroyed.  One for the process, since torch captures one graph at a time
+# in a process: both synchronise the device, which fails while another thread captures.
+_CAPTURING = threading.Lock()
+
 
 class Graphs:
     """Makes callables ready to run again and again: captured as CUDA graphs, or left as they are.
@@ -17,7 +22,7 @@ class Graphs:
     A callable takes nothing and returns nothing: it reads and writes static buffers that outlive the
     graphs, launches on the current stream only, and neither synchronises nor copies from the host.  Because
     nothing else passes between graphs, all of them share one memory pool, and they may be replayed in any
-    order, one at a time.
+    order, one at a time.  Several threads may add, each to its own `Graphs`.
     """
 
     def __init__(self, device: torch.device, capture: bool) -> None:
@@ -32,39 +37,52 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
 
-    def add(self, work: Work) -> Work:
+    def add(self, work: Work, *, warm: bool = True) -> Work:
         """What to call to run `work`: a graph's replay, or `work` itself where nothing is captured.
 
         To capture, `work` is run once before, on the capturing stream, so that whatever is made at first
         use (library handles, workspaces, compiled kernels, constants on the device) exists already.  The
-        buffers then hold whatever that run left in them.
+        buffers then hold whatever that run left in them.  warm=False leaves that run out, for work that
+        launches nothing that was not launched before, on the same shapes.
         """
         if not self.captured:
             return work
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            work()
+        with _CAPTURING:
+            graph = self._capture(work, warm)
+        self._graphs.append(graph)
+        return graph.replay
+
+    def _capture(self, work: Work, warm: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        device = self._stream.device
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            if warm:
+                work()
+            # The first graph of a process makes the default generator's seed tensors, which every capture
+            # writes to; made in inference mode, they break later captures outside it (pytorch#166792).
+            with torch.inference_mode(False):
+                graph.register_generator_state(torch.cuda.default_generators[device.index])
         # Entering it synchronises and returns the warm-up's memory.  Other threads may go on using CUDA.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
-        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        self._graphs.append(graph)
-        return graph.replay
+        torch.cuda.current_stream(device).wait_stream(self._stream)
+        return graph
 
     def __len__(self) -> int:
         """Graphs captured and not destroyed."""
         return len(self._graphs)
 
     def close(self) -> None:
-        """Destroy every graph and return the pool's memory; what `add` returned must not be called again.
+        """Destroy every graph and return the pool's memory; what `add` returned must not be called again,
+        and should be let go of before: it keeps what a reset leaves of its graph.
 
         Waits for replays still running.  Does nothing a second time.
         """
         if not self._graphs:
             return
-        torch.cuda.synchronize(self._stream.device)
-        for graph in self._graphs:
-            graph.reset()
-        self._graphs.clear()
-        torch.cuda.empty_cache()
+        with _CAPTURING:
+            torch.cuda.synchronize(self._stream.device)
+            while self._graphs:  # none outlives its turn, as a loop's variable would
+                self._graphs.pop().reset()
+            torch.cuda.empty_cache()

@@ -49,12 +49,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     latency = [item for item in items if item.get_closest_marker("latency")]
     needing = [item for item in items if item.get_closest_marker("gpu") and item not in latency]
     asked = config.getoption("--benchmark")
-    dropped = ([] if asked and gpu else latency) + ([] if gpu else needing)
+    # What takes long runs when it is named: pytest -m long.
+    long = [item for item in items if item.get_closest_marker("long")]
+    long = [] if "long" in (config.option.markexpr or "") else long
+    dropped = ([] if asked and gpu else latency) + ([] if gpu else needing) + long
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
     lines = config.stash.setdefault(NOT_RUN, [])
     why = f"not run: torch {torch.__version__} sees no CUDA device"
+    if long:
+        lines.append(f"{len(long)} long tests not run: run them with -m long")
     if needing and not gpu:
         lines.append(f"{len(needing)} gpu tests {why}")
     if asked and not gpu:

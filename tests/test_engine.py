@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,11 +19,14 @@ import torch
 from torch import Tensor
 
 from flashtalk_rt import ops
+from flashtalk_rt.config import Precision
 from flashtalk_rt.errors import InputError
 from flashtalk_rt.graphs.buffers import tensors
 from flashtalk_rt.modules.chunk import denoise
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.runtime import Chunk, Engine, Session
+from flashtalk_rt.runtime.engine import vae_dtype
+from flashtalk_rt.runtime.lane import Lane
 from flashtalk_rt.runtime.stages import Constants, Generated
 from flashtalk_rt.runtime.timing import StageClock
 
@@ -228,6 +234,21 @@ def test_close_releases_and_refuses() -> None:
         engine.session(portrait())
 
 
+def test_nothing_holds_a_graph_when_the_graphs_are_closed() -> None:
+    engine = Engine(tiny.model(), steps=2, precision="fp32", height=16, width=16)
+    run(engine.session(portrait()), speech(CHUNK))
+    stages = engine._stages
+    assert stages is not None
+    blocks = (stages._first, stages._later)
+    works = [stages._audio_context, *stages._steps, stages._encode]
+    held = [weakref.ref(work) for work in (*works, *(w for b in blocks for w in (b.decode, b.color)))]
+    del works, blocks
+    alive: list[object] = []
+    stages.graphs.close = lambda: alive.extend(ref() for ref in held)  # type: ignore[method-assign]
+    engine.close()
+    assert len(alive) == 8 and not any(alive)
+
+
 def test_capture_on_a_cpu_is_refused() -> None:
     with pytest.raises(InputError, match=r"capture is True.*cpu"):
         Engine(tiny.model(), capture=True)
@@ -351,6 +372,15 @@ def test_close_while_hearing_ahead() -> None:
     assert list(session) == [] and len(calls) == 2
 
 
+def test_hearing_ahead_has_the_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    device = torch.device("cuda", 0)
+    for priority in (-1, 0):
+        Lane(device, priority)
+    assert stream.call_args_list == [mock.call(device, -1), mock.call(device, 0)]
+
+
 def test_first_frame_comes_before_the_last_and_both_within_the_chunk() -> None:
     engine = Engine(tiny.model(), steps=1, precision="fp32", height=32, width=32)
     (chunk,) = run(engine.session(portrait()), speech(CHUNK))
@@ -384,14 +414,31 @@ def gpu_model(**stream: object) -> Model:
     return model
 
 
+@pytest.fixture
+def gpu_engine() -> Iterator[Callable[..., Engine]]:
+    """Makes engines of the tiny model on the GPU; closed after the test, whose graphs do not outlive it,
+    however it ends."""
+    with contextlib.ExitStack() as made:
+
+        def make(**settings: Any) -> Engine:
+            engine = Engine(gpu_model(), **settings)
+            made.callback(engine.close)
+            return engine
+
+        yield make
+    gc.collect()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_captured_equals_eager_bit_for_bit(steps: int, precision: Any) -> None:
+def test_captured_equals_eager_bit_for_bit(
+    steps: int, precision: Any, gpu_engine: Callable[..., Engine]
+) -> None:
     audio = speech(3 * CHUNK)
     results = []
     for capture in (True, False):
-        engine = Engine(gpu_model(), steps=steps, precision=precision, height=64, width=48, capture=capture)
+        engine = gpu_engine(steps=steps, precision=precision, height=64, width=48, capture=capture)
         results.append(frames_of(run(engine.session(portrait(), seed=3), audio)))
         assert engine._stages is not None and len(engine._stages.graphs) == (steps + 6 if capture else 0)
         engine.close()
@@ -399,8 +446,8 @@ def test_captured_equals_eager_bit_for_bit(steps: int, precision: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_captured_is_the_plain_loop() -> None:
-    engine = Engine(gpu_model(), steps=2, precision="bf16", height=64, width=48)
+def test_captured_is_the_plain_loop(gpu_engine: Callable[..., Engine]) -> None:
+    engine = gpu_engine(steps=2, precision="bf16", height=64, width=48)
     inputs = Inputs(engine)
     motion, windows = inputs.constants.first_motion.float(), inputs.windows()
     made = run_chunk(engine, inputs, motion, windows, 0)
@@ -409,8 +456,10 @@ def test_captured_is_the_plain_loop() -> None:
 
 
 @pytest.mark.gpu
-def test_a_new_picture_prompt_or_seed_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(gpu_model(), steps=2, precision="bf16", height=64, width=48)
+def test_a_new_picture_prompt_or_seed_captures_nothing(
+    monkeypatch: pytest.MonkeyPatch, gpu_engine: Callable[..., Engine]
+) -> None:
+    engine = gpu_engine(steps=2, precision="bf16", height=64, width=48)
     run(engine.session(portrait(0), prompt="a", seed=0), speech(CHUNK))
 
     def fail(*_: object, **__: object) -> None:
@@ -429,8 +478,8 @@ def test_a_new_picture_prompt_or_seed_captures_nothing(monkeypatch: pytest.Monke
 
 
 @pytest.mark.gpu
-def test_a_thousand_chunks_at_flat_memory() -> None:
-    engine = Engine(gpu_model(), steps=1, precision="bf16", height=64, width=48)
+def test_a_thousand_chunks_at_flat_memory(gpu_engine: Callable[..., Engine]) -> None:
+    engine = gpu_engine(steps=1, precision="bf16", height=64, width=48)
     session = engine.session(portrait())
     audio = speech(CHUNK)
     held_bytes = []
@@ -443,8 +492,8 @@ def test_a_thousand_chunks_at_flat_memory() -> None:
 
 
 @pytest.mark.gpu
-def test_frames_leave_before_the_decode_ends() -> None:
-    engine = Engine(gpu_model(), steps=1, precision="fp32", height=768, width=448)
+def test_frames_leave_before_the_decode_ends(gpu_engine: Callable[..., Engine]) -> None:
+    engine = gpu_engine(steps=1, precision="fp32", height=768, width=448)
     session = engine.session(portrait())
     run(session, speech(CHUNK))
     (chunk,) = run(session, speech(CHUNK, seed=1))
@@ -454,8 +503,8 @@ def test_frames_leave_before_the_decode_ends() -> None:
 
 
 @pytest.mark.gpu
-def test_an_interrupt_waits_for_one_step_at_most() -> None:
-    engine = Engine(gpu_model(), steps=50, precision="fp32", height=256, width=256)
+def test_an_interrupt_waits_for_one_step_at_most(gpu_engine: Callable[..., Engine]) -> None:
+    engine = gpu_engine(steps=50, precision="fp32", height=256, width=256)
     session = engine.session(portrait())
     run(session, speech(CHUNK))  # captured
     assert engine._stages is not None
@@ -475,3 +524,33 @@ def test_an_interrupt_waits_for_one_step_at_most() -> None:
     engine._stages._steps = [counted(step) for step in steps]
     session.push_audio(speech(CHUNK))
     assert list(session) == [] and replays == 7
+
+
+@pytest.mark.gpu
+def test_two_engines_capture_in_two_threads(gpu_engine: Callable[..., Engine]) -> None:
+    engines = [gpu_engine(steps=2, precision="bf16", height=64, width=48) for _ in range(2)]
+    sessions = [engine.session(portrait(), seed=3) for engine in engines]
+    made: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        made[i] = frames_of(run(sessions[i], speech(2 * CHUNK)))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(made[0], made[1])
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "dtype"),
+    [
+        ("fp32", "cuda", torch.float32),
+        ("bf16", "cuda", torch.float16),
+        ("fp8", "cuda", torch.float16),
+        ("bf16", "cpu", torch.bfloat16),
+    ],
+)
+def test_what_the_vae_computes_in(precision: Precision, device: str, dtype: torch.dtype) -> None:
+    assert vae_dtype(precision, torch.device(device)) == dtype

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
 
@@ -15,6 +17,7 @@ from flashtalk_rt.graphs.buffers import Buffers, copy_tree, layout, map_tensors,
 from flashtalk_rt.graphs.capture import Graphs
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 
 
 class Scaled(NamedTuple):
@@ -124,20 +127,28 @@ def test_capture_on_a_cpu_is_refused() -> None:
 
 def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls to torch.cuda, stood in for: warm up and capture on one side stream that waits for what came
-    before, one pool for all graphs, and no further call of the callable."""
+    before, one pool for all graphs, the generator made known to each outside inference mode, and no further
+    call of the callable."""
     events: list[str] = []
+    modes: list[bool] = []
     fake = mock.MagicMock()
     fake.Stream.return_value.wait_stream = lambda other: events.append("side waits")
     fake.current_stream.return_value.wait_stream = lambda other: events.append("current waits")
     fake.graph.return_value.__enter__ = lambda *_: events.append("capture")
     fake.graph.return_value.__exit__ = lambda *_: events.append("end")
-    for name in ("Stream", "current_stream", "stream", "graph", "CUDAGraph", "graph_pool_handle"):
+    register = fake.CUDAGraph.return_value.register_generator_state
+    register.side_effect = lambda _: modes.append(torch.is_inference_mode_enabled())
+    used = ("Stream", "current_stream", "stream", "graph", "CUDAGraph", "graph_pool_handle")
+    for name in (*used, "default_generators"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: events.append(name))
-    graphs = Graphs(torch.device("cuda", 0), capture=True)
-    replays = [graphs.add(lambda: events.append("work")) for _ in range(2)]
-    assert events == 2 * ["side waits", "work", "capture", "work", "end", "current waits"]
+    graphs = Graphs(GPU, capture=True)
+    with torch.inference_mode():
+        replays = [graphs.add(lambda: events.append("work"), warm=warm) for warm in (True, False)]
+    capture = ["capture", "work", "end", "current waits"]
+    assert events == ["side waits", "work", *capture, "side waits", *capture]
+    assert modes == [False, False]
     pools = {call.kwargs["pool"] for call in fake.graph.call_args_list}
     assert pools == {fake.graph_pool_handle.return_value} and fake.graph_pool_handle.call_count == 1
     streams = {call.kwargs["stream"] for call in fake.graph.call_args_list}
@@ -152,10 +163,18 @@ def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fake.CUDAGraph.return_value.reset.call_count == 2
 
 
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    """On the GPU; closed after the test, whose graphs do not outlive it, however it ends."""
+    made = Graphs(GPU, capture=True)
+    yield made
+    made.close()
+    gc.collect()
+
+
 @pytest.mark.gpu
-def test_captured_equals_eager_over_the_same_buffers() -> None:
-    device = torch.device("cuda", 0)
-    buffers = Buffers(device)
+def test_captured_equals_eager_over_the_same_buffers(graphs: Graphs) -> None:
+    buffers = Buffers(GPU)
     x, y = (buffers.zeros(name, (256, 256), torch.float32) for name in "xy")
 
     def square() -> None:
@@ -164,10 +183,9 @@ def test_captured_equals_eager_over_the_same_buffers() -> None:
     def double() -> None:
         y.mul_(2)
 
-    graphs = Graphs(device, capture=True)
     first, second = graphs.add(square), graphs.add(double)
     for seed in range(3):
-        value = torch.randn(256, 256, device=device, generator=torch.Generator(device).manual_seed(seed))
+        value = torch.randn(256, 256, device=GPU, generator=torch.Generator(GPU).manual_seed(seed))
         x.copy_(value)
         square()
         double()
@@ -184,17 +202,28 @@ def test_captured_equals_eager_over_the_same_buffers() -> None:
 
 
 @pytest.mark.gpu
-def test_the_graphs_share_one_pool_and_close_returns_it() -> None:
-    device = torch.device("cuda", 0)
-    buffers = Buffers(device)
+def test_captures_in_inference_mode_and_outside_it(graphs: Graphs) -> None:
+    x = Buffers(GPU).zeros("x", (4,), torch.float32)
+    replays = []
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            replays.append(graphs.add(lambda: x.add_(1)))
+    x.zero_()
+    for replay in replays:
+        replay()
+    assert x.tolist() == [3] * 4
+
+
+@pytest.mark.gpu
+def test_the_graphs_share_one_pool_and_close_returns_it(graphs: Graphs) -> None:
+    buffers = Buffers(GPU)
     x = buffers.zeros("x", (64 << 20,), torch.float32)  # 256 MiB, as is every temporary below
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved(device)
-    graphs = Graphs(device, capture=True)
+    before = torch.cuda.memory_reserved(GPU)
     for _ in range(4):
         graphs.add(lambda: x.copy_(x.sin().cos()))
     torch.cuda.empty_cache()
-    held = torch.cuda.memory_reserved(device) - before
+    held = torch.cuda.memory_reserved(GPU) - before
     assert 0 < held <= 3 * x.nbytes, "four graphs hold the temporaries of one"
     graphs.close()
-    assert torch.cuda.memory_reserved(device) <= before
+    assert torch.cuda.memory_reserved(GPU) <= before

@@ -191,8 +191,9 @@ def load(
     source  "embedded" (the toy model inside the package), a folder written by `flashtalk convert`, or a
             folder in the published layout. A folder of yours called embedded is "./embedded".
     device  None: CUDA where there is one, else the CPU.
-    dtype   of the DiT and the VAE. None: bfloat16 on CUDA, float32 elsewhere. The text encoder stays in
-            bfloat16, as published; the other two encoders are small and run in float32.
+    dtype   of the DiT. None: bfloat16 on CUDA, float32 elsewhere. The VAE is in float32 until an engine
+            converts it. The text encoder stays in bfloat16, as published; the other two encoders are small
+            and run in float32.
 
     Anything missing, damaged or of the wrong shape raises CheckpointError before a weight is read.
     """
@@ -221,7 +222,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
     """Build every network on the meta device, check every name and shape, then fill one tensor at a time."""
-    dtypes = {"dit": dtype, "vae": dtype, **ENCODER_DTYPES}
+    # The engine rounds the VAE, once: to bfloat16 and then to float16 would round twice.
+    dtypes = {"dit": dtype, "vae": torch.float32, **ENCODER_DTYPES}
     networks: dict[str, Any] = {name: build(checkpoint, name) for name in checkpoint.parts}
     for name, part in checkpoint.parts.items():
         check(networks[name], part)

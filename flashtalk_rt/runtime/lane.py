@@ -11,8 +11,9 @@ import torch
 class Lane:
     """Work that may overlap the current stream's.  Several threads may use one lane."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        """priority: the stream's; kernels of -1 start before waiting ones of 0, where streams compute."""
+        self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
 
     @contextmanager
     def use(self) -> Iterator[None]:

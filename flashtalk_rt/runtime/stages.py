@@ -51,17 +51,17 @@ class Generated:
 class Block:
     """The frames of one latent frame (t = 1 for the first, else 4): buffers and the stages that fill them."""
 
-    decoded: Tensor  # [1, 3, t, H, W] in [-1, 1], the VAE's dtype
+    decoded: Tensor  # [1, 3, t, H, W] float32 in [-1, 1]
     matched: Tensor  # [1, 3, t, H, W] float32
     pixels: Tensor  # uint8 [t, H, W, 3]
     decode: Work
     color: Work
 
 
-def to_pixels(frames: Tensor) -> Tensor:
-    """[1, 3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
+def write_pixels(pixels: Tensor, frames: Tensor) -> None:
+    """frames [1, 3, T, H, W] in [-1, 1] into `pixels`, uint8 [T, H, W, 3]."""
     scaled = ((frames[0] + 1) * 127.5).round().clamp(0, 255)
-    return scaled.to(torch.uint8).permute(1, 2, 3, 0)
+    pixels.copy_(scaled.permute(1, 2, 3, 0))
 
 
 class Stages:
@@ -107,7 +107,11 @@ class Stages:
         self._audio_context = graphs.add(
             lambda: copy_tree(self._audio, model.dit.audio_context(self._windows))
         )
-        self._steps = [graphs.add(functools.partial(self._step, t, s)) for t, s in itertools.pairwise(times)]
+        # Every step launches the same kernels on the same shapes.
+        self._steps = [
+            graphs.add(functools.partial(self._step, t, s), warm=number == 0)
+            for number, (t, s) in enumerate(itertools.pairwise(times))
+        ]
         self._first = self._block("first", first, None)
         self._later = self._block("later", later, self._cache)
         self._encode = graphs.add(
@@ -130,9 +134,10 @@ class Stages:
         with clock.stage("audio"):
             self._windows.copy_(windows)
             self._audio_context()
+        pixels = self._host_pixels()  # now, as pinning memory takes the host milliseconds
         if not self._denoise(motion, noise, stopped, clock, meanwhile):
             return None
-        pixels = self._decode_all(clock)
+        self._decode_all(pixels, clock)
         with clock.stage("vae_encode"):
             self._encode()
         self._copies.wait()
@@ -140,7 +145,8 @@ class Stages:
         return Generated(self._latent.clone(), self._frames[:, :, first_new:], self._motion.clone(), pixels)
 
     def close(self) -> None:
-        """Destroy the graphs, then let go of the buffers and weights."""
+        """Destroy the graphs, then let go of the buffers and weights; nothing may be called any more."""
+        del self._audio_context, self._steps, self._first, self._later, self._encode  # they hold the graphs
         self.graphs.close()
         self.buffers.close()
         self._weights.clear()
@@ -181,12 +187,15 @@ class Stages:
                 return False
         return True
 
-    def _decode_all(self, clock: StageClock) -> Tensor:
-        """Decode and match every latent frame; each one's new pixels leave for the host at once."""
-        first_new = self._model.stream.motion_frames
+    def _host_pixels(self) -> Tensor:
+        """Where one chunk's new pixels go on the host; the caller keeps them."""
+        shape = (len(self._pixels) - self._model.stream.motion_frames, *self._pixels.shape[1:])
         with torch.inference_mode(False):  # the caller may write to what it gets
-            shape = (len(self._pixels) - first_new, *self._pixels.shape[1:])
-            host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pixels.is_cuda)
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pixels.is_cuda)
+
+    def _decode_all(self, host: Tensor, clock: StageClock) -> None:
+        """Decode and match every latent frame; each one's new pixels leave for `host` at once."""
+        first_new = self._model.stream.motion_frames
         end, sent = 0, False
         for i in range(self._latent.shape[2]):
             block = self._later if i else self._first
@@ -208,7 +217,6 @@ class Stages:
                     clock.mark("first_frame")
                 clock.mark("last_frame")
                 sent = True
-        return host
 
     # The stages' callables.  They read and write buffers, and nothing else.
 
@@ -224,8 +232,8 @@ class Stages:
         copy_tree(self._cache, future)
 
     def _color(self, decoded: Tensor, matched: Tensor, pixels: Tensor) -> None:
-        matched.copy_(self._constants.color.match(decoded.float()))
-        pixels.copy_(to_pixels(matched))
+        matched.copy_(self._constants.color.match(decoded))
+        write_pixels(pixels, matched)
 
     # Making them.
 
@@ -235,7 +243,9 @@ class Stages:
         first, cache = self._model.vae.decode_step(self._latent_frame, None, clamp=True)
         later, _ = self._model.vae.decode_step(self._latent_frame, cache, clamp=True)
         like = self.buffers.like
-        return like("cache", cache), like("first.decoded", first), like("later.decoded", later)
+        # float32, as colour matching computes: copying into it converts.
+        decoded = like("first.decoded", first.float()), like("later.decoded", later.float())
+        return like("cache", cache), *decoded
 
     def _block(self, name: str, decoded: Tensor, past: Cache | None) -> Block:
         """The stages that decode into `decoded` and match it."""
