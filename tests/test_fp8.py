@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
+import flashtalk_rt as ft
 from flashtalk_rt import ops
 from flashtalk_rt.config import DiTConfig, Precision
 from flashtalk_rt.errors import CheckpointError, InputError
+from flashtalk_rt.media import AudioReader
 from flashtalk_rt.modules.convert import convert, save_converted
 from flashtalk_rt.modules.dit import DiT
 from flashtalk_rt.modules.linear import Linear
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.modules.weights import load
 from flashtalk_rt.runtime import Engine
+from flashtalk_rt.training.world.metrics import psnr
 
 PORTRAIT = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
@@ -93,7 +97,7 @@ def test_a_float8_folder_without_a_scale_is_named(folder: Path, tmp_path: Path) 
         load(tmp_path / "bad", "cpu")
 
 
-def test_one_step_in_float8_stays_near_bfloat16() -> None:
+def test_one_step_in_float8_stays_near_bfloat16(figures: dict[str, Any]) -> None:
     """Wide enough that rounding averages out as in the 14B model: error of a few hundredths, not zero."""
     config = dataclasses.replace(tiny.DIT, dim=256, ffn_dim=512, num_heads=2)
     outputs = []
@@ -108,7 +112,7 @@ def test_one_step_in_float8_stays_near_bfloat16() -> None:
         with torch.no_grad():
             outputs.append(dit(latent, torch.tensor([700.0]), y, context, audio).float())
     error = ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item()
-    print(f"relative error of a float8 step: {error:.4f}")
+    figures["fp8_tiny_step_relative_error"] = round(error, 4)
     assert 1e-4 < error < 0.1
 
 
@@ -147,3 +151,20 @@ def test_the_published_size_in_float8_on_meta() -> None:
     assert large == 40 * (6 * 5120**2 + 2 * 5120 * 13824)
     assert 18.8e9 < large + rest < 19.0e9
     assert large + 2 * rest < 27e9, "bytes, everything else being bfloat16"
+
+
+def test_the_embedded_model_in_float8_looks_like_bfloat16(figures: dict[str, Any]) -> None:
+    """Over two chunks of the bundled speech, each made from the one before; the model's own VAE reconstructs
+    its world to 30 dB, and float8 must lose less than that."""
+    assets = Path(ft.__file__).parent / "assets"
+    samples = torch.from_numpy(np.concatenate(list(AudioReader(assets / "speech.flac"))))
+    frames = {}
+    for precision in ("bf16", "fp8"):
+        model = load("embedded", "cpu")
+        model.label = ""
+        session = Engine(model, precision=precision).session(assets / "portrait.png", seed=1)  # type: ignore[arg-type]
+        session.push_audio(samples[: 2 * model.stream.chunk_samples])
+        frames[precision] = [chunk.frames.float() / 127.5 - 1 for chunk in session]
+    quality_db = [psnr(a, b).item() for a, b in zip(frames["fp8"], frames["bf16"], strict=True)]
+    figures["fp8_embedded_psnr_to_bf16_db_by_chunk"] = [round(x, 2) for x in quality_db]
+    assert len(quality_db) == 2 and min(quality_db) > 30
