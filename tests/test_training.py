@@ -33,6 +33,7 @@ from flashtalk_rt.training.stage1 import (
 )
 from flashtalk_rt.training.world import commands, fit_dit, fit_vae, nets
 from flashtalk_rt.training.world.data import SpeechBank
+from flashtalk_rt.training.world.face import cavity_height
 
 # --- the loop --------------------------------------------------------------------------------------
 
@@ -416,3 +417,16 @@ def test_the_impulse_response_tells_frames_apart() -> None:
     ]
     assert responses[0] == pytest.approx([1, 1, 1, 1])
     assert responses[1] == pytest.approx([0, 0, 0, 1], abs=1e-6)
+
+
+def test_restless_clips_move_in_every_frame() -> None:
+    bank = SpeechBank(2, 10.0, torch.Generator().manual_seed(0))
+
+    def change(restless: float) -> float:
+        generator = torch.Generator().manual_seed(1)
+        video = fit_vae.sample_video(bank, 8, 9, (64, 64), generator, restless)
+        return cavity_height(video.transpose(1, 2)).diff(dim=1).abs().mean().item()
+
+    assert change(1.0) > 1.5 * change(0.0)
+    with pytest.raises(InputError, match="--frames is 8"):
+        commands.world_vae(Path("none"), frames=8, device="cpu")

@@ -61,10 +61,18 @@ def world_vae(
     batch: Batch = 3,
     lr: Rate = 1e-3,
     source: Source = None,
+    frames: Annotated[
+        int, typer.Option(min=5, help="Of a clip, 1 + 4 n; end on 33: on shorter clips, longer ones drift.")
+    ] = 33,
+    restless: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of clips with a new mouth in every frame.")
+    ] = 0.0,
     device: Device = "cuda",
     seed: Seed = 0,
 ) -> None:
     """Train the tiny VAE on random clips."""
+    if frames % 4 != 1:
+        raise InputError(f"--frames is {frames}; it must be 1 + 4 n")
     generator = _start(run, device, seed)
     from ..loop import FitConfig
     from .fit_vae import fit_vae, impulse_response
@@ -73,7 +81,9 @@ def world_vae(
     fit = FitConfig(steps=steps, peak_lr=lr)
     size = (TOY_STREAM.height, TOY_STREAM.width)
     start = load_vae(source, generator.device) if source else None
-    vae, history = fit_vae(TOY_VAE, start, fit, batch, size, run / "vae.ckpt", generator, _log)
+    vae, history = fit_vae(
+        TOY_VAE, start, fit, batch, size, run / "vae.ckpt", generator, _log, frames=frames, restless=restless
+    )
     save_net(vae, run / "vae.safetensors")
     response = impulse_response(vae, size, generator)
     _log(f"a frame's own mouth comes back, by the four frames of a latent frame: {response}")
@@ -83,6 +93,8 @@ def world_vae(
         "peak_lr": lr,
         "seed": seed,
         "source": str(source or ""),
+        "frames": frames,
+        "restless": restless,
         "impulse_response": response,
     }
     _record(run, "world-vae", generator.device, settings, history)

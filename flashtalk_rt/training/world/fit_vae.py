@@ -29,12 +29,20 @@ def sample_video(
     frames: int,
     size: tuple[int, int],
     generator: torch.Generator,
-    held_out: bool = False,
+    restless: float = 0.0,
 ) -> Tensor:
-    """Random talking clips [count, 3, frames, H, W]."""
+    """Random talking clips [count, 3, frames, H, W].
+
+    `restless`: the share of clips whose mouth is drawn anew, uniformly, in every frame.  In natural motion
+    a frame is nearly its neighbours' mean, and a VAE that keeps one frame of four is nearly right.
+    """
     sound = bank.cut(count, frames * SAMPLE_RATE_HZ // FPS, generator)
     mouth = mouth_truth(sound, SAMPLE_RATE_HZ, FPS)
-    identity = sample_identities(count, generator, held_out).to(generator.device)
+    identity = sample_identities(count, generator).to(generator.device)
+    if restless:
+        anew = torch.rand(mouth.shape, generator=generator, device=mouth.device)
+        chosen = torch.rand(count, 1, 1, generator=generator, device=mouth.device) < restless
+        mouth = torch.where(chosen, anew, mouth)
     return talk(identity, mouth, generator, *size)
 
 
@@ -64,8 +72,12 @@ def fit_vae(
     checkpoint: Path,
     generator: torch.Generator,
     log: Log,
+    *,
+    frames: int = CLIP_FRAMES,
+    restless: float = 0.0,
 ) -> tuple[VAE, list[dict[str, float]]]:
-    """Train a VAE, from random weights or from `source`.
+    """Train a VAE, from random weights or from `source`, on clips of `frames` (1 + 4 n); `restless` as in
+    `sample_video`.
 
     Its latent's channel statistics are measured at the end, and its configuration then holds them.
     """
@@ -81,8 +93,8 @@ def fit_vae(
     bank = SpeechBank(64 if device.type == "cuda" else 4, 30.0, generator)
 
     def inputs_of(step: int) -> tuple[Tensor, ...]:
-        video = sample_video(bank, batch, CLIP_FRAMES, size, generator)
-        shape = (batch, config.z_dim, (CLIP_FRAMES - 1) // 4 + 1, size[0] // STRIDE, size[1] // STRIDE)
+        video = sample_video(bank, batch, frames, size, generator, restless)
+        shape = (batch, config.z_dim, (frames - 1) // 4 + 1, size[0] // STRIDE, size[1] // STRIDE)
         return video, torch.randn(shape, generator=generator, device=device)
 
     def loss_of(video: Tensor, noise: Tensor) -> Tensor:
