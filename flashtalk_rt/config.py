@@ -16,7 +16,7 @@ from .errors import CheckpointError
 SIZE_MULTIPLE = 16  # pixels: the VAE's stride of 8 times the patch of 2
 
 Sampler = Literal["renoise", "euler"]
-Precision = Literal["fp32", "bf16", "fp8"]  # fp8: the DiT's large products; all else bf16
+Precision = Literal["fp32", "bf16", "fp8"]  # fp8: the DiT's large products
 
 # Channel statistics of the WAN2.1 VAE's latents, as published with its weights.
 WAN_LATENT_MEAN = (

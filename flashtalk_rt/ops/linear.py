@@ -23,8 +23,8 @@ def _scaled_mm(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torc
 
     torch wants row-major by column-major, scales [M, 1] and [1, N] and a bias of the result's dtype.
     use_fast_accum leaves the sums in the tensor cores' accumulators, of about 14 bits of mantissa, instead of
-    moving them to float32 every 128 products.  What that loses grows with K, to some 1% of the result's size
-    at 13,824, and adds in squares to the 3.7% that the operands' own rounding costs: not worth a slower
+    moving them to float32 every 128 products.  By estimate that loses some 1% of the result's size at
+    K = 13,824, which adds in squares to the 3.7% that the operands' own rounding costs: not worth a slower
     product.  tests/test_linear_fp8.py bounds both on a GPU.
     """
     out = torch._scaled_mm(

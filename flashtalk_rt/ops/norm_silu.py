@@ -7,14 +7,8 @@ where padded rows would have to be written and read.
 Bytes: in frames of H x W x C, T of them a call.  Passes of their own read and write 2 T (bias), 2 T (norm),
 2 T (SiLU) and 2 (T + 2) (cache) for each convolution, and 3 T for a block's shortcut: 19 T + 8 a block of
 two convolutions.  Here it is 2 T + 4 between them (x and past read, out written) and 4 T + 4 at the block's
-start (the shortcut read and the sum written too): 6 T + 8, at T = 4 32 instead of 84.  Counted over a decode
-of 33 frames at 768 x 448 in bf16, one latent frame at a time, convolutions and attention left out:
-
-    apart: 268 GB = norm 47, SiLU 47, cache 77 (+ 2 of zeros), bias 52, shortcut 33, nearest upsampling 9
-    fused: 107 GB = norm_silu 82, vae_head 9, interleave 7, add_residual 4, the rest 5
-
-At the H100's 3.0 TB/s that is 89 and 36 ms.  Of the 82 GB, 25 carry past frames, which decoding several
-latent frames a call would save.
+start (the shortcut read and the sum written too): 6 T + 8, at T = 4 32 instead of 84.  Of those 32, 8 carry
+past frames, which decoding several latent frames a call would save.
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ def vae_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """What the VAE computes in: float16 on a GPU where the rest is bfloat16, at the same speed.
 
     What a stream decodes it encodes again, so the VAE's rounding grows from chunk to chunk.  On a CPU the
-    golden loop's third chunk is off by 5.7e-2 with a bfloat16 VAE and by 1.7e-2 with a float16 one; its
-    bound is 2e-2.  float16's range (65,504) is not shown to hold for the published weights, which we do
-    not have; Wan2GP runs this VAE so by default.
+    golden loop's third chunk is off by 5.7e-2 with a bfloat16 VAE and by 1.7e-2 with a float16 one
+    (profiles/results/golden-bf16-cpu.json); its bound is 2e-2.  float16's range (65,504) is not shown to
+    hold for the published weights, which we do not have; Wan2GP runs this VAE so by default.
     """
     if device.type == "cuda" and precision != "fp32":
         return torch.float16
@@ -57,7 +57,7 @@ class Engine:
     """Runs chunks of one model at one size, precision and number of steps.
 
     height, width: pixels, divisible by 16; steps: 1 or more; precision "fp32", "bf16" or "fp8" (the DiT's
-    large products in float8, all else in bf16: faster, with a loss that the README states); None takes
+    large products in float8, all else as in bf16, with a loss that the README states); None takes
     the model's own size and steps and the fastest exact precision of its device.  capture: replay the
     stages from CUDA graphs, or launch them one by one with the same result; None captures on a CUDA device.
     The model's networks are converted in place.  Raises InputError for a setting that cannot be served.
