@@ -108,6 +108,7 @@ def world_probe(
     generator = _start(run, device, seed)
     import torch
 
+    from ... import ops
     from ...modules.precision import autocast
     from .nets import TOY_STREAM, load_vae
     from .probe import Probe, probe_scores, random_sample, save_probe, train_probe
@@ -117,7 +118,7 @@ def world_probe(
 
     def reconstruct_half(frames: torch.Tensor) -> torch.Tensor:
         half = len(frames) // 2
-        with autocast(frames.device):
+        with ops.plain_backends(), autocast(frames.device):
             rebuilt = vae.decode(vae.encode(frames[:half, :, None]))[:, :, 0].float().clamp(-1, 1)
         return torch.cat((rebuilt, frames[half:]))
 

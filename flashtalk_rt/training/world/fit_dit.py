@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ... import ops
 from ...config import StreamConfig
 from ...modules.dit import DiT
 from ...modules.precision import autocast
@@ -118,6 +119,8 @@ def flow_batch(
     )
 
 
+# As in fit_vae: Inductor fuses the plain forms.
+@ops.plain_backends()
 def fit_dit(
     dit: DiT,
     vae: VAE,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ... import ops
 from ...config import VAEConfig
 from ...modules.precision import autocast
 from ...modules.vae import STRIDE, VAE
@@ -63,6 +64,8 @@ def vae_loss(vae: VAE, video: Tensor, noise: Tensor) -> Tensor:
     return (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
 
 
+# Inductor fuses the plain forms, forward and backward; a kernel's backward runs them one by one.
+@ops.plain_backends()
 def fit_vae(
     config: VAEConfig,
     source: VAE | None,

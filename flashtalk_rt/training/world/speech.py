@@ -257,7 +257,7 @@ _OPEN_BAND_HZ = (250.0, 4000.0)
 _OPEN_DB = (-44.0, -16.0)  # mouth shut, mouth wide
 _ROUND_BAND_HZ = (200.0, 2600.0)
 _ROUND_CENTROID_HZ = (900.0, 1650.0)  # fully rounded, not at all
-_COARTICULATION = (0.0017, 0.0375, 0.2393, 0.443, 0.2393, 0.0375, 0.0017)  # Gaussian, 0.9 frames
+_COARTICULATION = (0.0215, 0.0945, 0.2296, 0.3087, 0.2296, 0.0945, 0.0215)  # Gaussian, 1.3 frames
 
 
 def mouth_truth(samples: Tensor, sample_rate_hz: int, fps: int) -> Tensor:
