@@ -60,16 +60,19 @@ def environment(device: torch.device, gpus: int = 1) -> dict[str, Any]:
 def commit_of(file: Path) -> str:
     """The short hash of the checkout that tracks `file`, with "-dirty" when a tracked file differs from it.
 
-    A copy without git may say it in a file COMMIT in the folder above `file`'s; else it is "unknown".
+    A file COMMIT in the folder above `file`'s says it instead, for a copy whose git, if any, is not its own.
+    "unknown" without either.
     """
+    said = file.parent.parent / "COMMIT"
+    if said.is_file():
+        return said.read_text(encoding="utf-8").strip()
     try:
         # A copy installed below some other checkout is not that checkout's.
         _git(file.parent, "ls-files", "--error-unmatch", file.name)
         commit = _git(file.parent, "rev-parse", "--short", "HEAD")
         dirty = _git(file.parent, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        said = file.parent.parent / "COMMIT"
-        return said.read_text(encoding="utf-8").strip() if said.is_file() else "unknown"
+        return "unknown"
     return commit + ("-dirty" if dirty else "")
 
 

@@ -69,6 +69,9 @@ class Case:
     make: Callable[[torch.device, torch.dtype, torch.Generator], dict[str, Any]]
 
 
+_NAMED: dict[str, OpSpec] = {}  # every op, for `_constant`
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class OpSpec:
     """An op and the backends that can compute it, the most wanted first.
@@ -92,6 +95,7 @@ class OpSpec:
         names = [backend.name for backend in self.backends]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"op {self.name}: backends {names} must be distinct, and at least one")
+        _NAMED[self.name] = self
 
     @property
     def plain(self) -> str:
@@ -159,7 +163,6 @@ def plainly() -> bool:
     return _plainly.get()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def backend_for(
     op: OpSpec,
     device: torch.device,
@@ -173,6 +176,35 @@ def backend_for(
 
     `wanted`: the caller's own choice, obeyed or refused with InputError, never replaced.
     """
+    if torch.compiler.is_compiling():
+        constant: str = _constant(op.name, device, dtype, head_dim, grad, wanted, key_mask)
+        return constant
+    return _serving(op, device, dtype, head_dim, grad, wanted, key_mask)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    grad: bool,
+    wanted: str | None,
+    key_mask: bool,
+) -> str:
+    """As `_serving`, the op by its name: torch 2.11 takes no instance as an argument of a constant."""
+    return _serving(_NAMED[name], device, dtype, head_dim, grad, wanted, key_mask)
+
+
+def _serving(
+    op: OpSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    grad: bool,
+    wanted: str | None,
+    key_mask: bool,
+) -> str:
     if wanted is None and _plainly.get():
         return op.plain
     return _backend_for(op, device, dtype, head_dim, grad, wanted, key_mask)
