@@ -21,7 +21,7 @@ from .speech import SAMPLE_RATE_HZ, mouth_truth
 FPS = 25
 CLIP_FRAMES = 33  # a stream's chunk: trained on shorter clips, the colours of longer ones drift
 KL_WEIGHT = 1e-4
-MOTION_WEIGHT = 6.0  # of the pixels that move (mouth, eyes) over those that do not
+MOTION_WEIGHT = 12.0  # of the pixels that move (mouth, eyes) over those that do not
 
 
 def sample_video(
