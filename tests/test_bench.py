@@ -207,6 +207,32 @@ def test_the_plain_path_uses_the_plain_backend_and_only_inside() -> None:
 # --- models ------------------------------------------------------------------------------------------
 
 
+def test_what_float8_costs() -> None:
+    result = bench.fp8_quality(tiny.model(), chunks=2)
+    layers = tiny.DIT.num_layers
+    assert len(result["frames_psnr_db"]) == 2 and min(result["frames_psnr_db"]) > 10
+    errors = result["block_relative_errors"]
+    assert len(errors) == layers and all(1e-4 < error < 0.2 for error in errors)
+    assert 1e-4 < result["step_relative_error"] < 0.2
+    for name, columns in result["inputs"].items():
+        assert {len(column) for column in columns.values()} == {layers}, name
+        for largest, median, error in zip(*columns.values(), strict=True):
+            # A row's largest magnitude is at least its root mean square; e4m3 keeps three bits.
+            assert largest >= median >= 1 and 0.005 < error < 0.05, name
+    json.dumps(result, allow_nan=False)
+
+
+def test_an_outlier_shows() -> None:
+    x = torch.randn(3, 64)
+    x[1, 5] = 1000
+    assert bench.quality.outliers(x)["crest_largest"] == pytest.approx(8, rel=0.01)  # sqrt(64)
+    assert bench.quality.outliers(torch.ones(2, 16)) == {
+        "crest_largest": pytest.approx(1),
+        "crest_median": pytest.approx(1),
+        "rounding_error": pytest.approx(0, abs=1e-6),
+    }
+
+
 def test_a_random_model_listens_with_wav2vec2_and_streams() -> None:
     config = dataclasses.replace(tiny.DIT, audio_blocks=12, audio_dim=768)
     stream = StreamConfig(height=16, width=16, steps=1)

@@ -5,7 +5,8 @@
 
 from .baselines import Baselines, Plan
 from .models import published_model
+from .quality import fp8_quality
 from .report import plot, table
 from .suite import measure
 
-__all__ = ["Baselines", "Plan", "measure", "plot", "published_model", "table"]
+__all__ = ["Baselines", "Plan", "fp8_quality", "measure", "plot", "published_model", "table"]

@@ -16,10 +16,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
-from flashtalk_rt.bench import Baselines, measure, published_model, table
+from flashtalk_rt.bench import Baselines, fp8_quality, measure, published_model, table
 from flashtalk_rt.config import Precision
 from flashtalk_rt.profiles.budgets import load_budgets
-from flashtalk_rt.profiles.record import check_latency, result_name, write_result
+from flashtalk_rt.profiles.record import check_latency, result_name, slug, write_result
 
 RESULTS = Path(__file__).parents[2] / "profiles" / "results"
 CASES = [
@@ -89,3 +89,14 @@ def test_latency(
         console.print(str(path))
     if budgets is not None:
         budgets.check(record)
+
+
+@pytest.mark.gpu
+@pytest.mark.latency
+@pytest.mark.timeout(300)
+def test_fp8_quality_of_random_weights() -> None:
+    """What float8 costs the 14B sizes; random weights have no outliers to speak of, a trained model may."""
+    result = fp8_quality(published_model())
+    write_result(RESULTS / f"fp8-quality-{slug(result['device'])}.json", result)
+    assert result["step_relative_error"] < 0.1
+    assert min(result["frames_psnr_db"]) > 30

@@ -1,0 +1,105 @@
+"""What float8 costs a model: how far a step and its frames go from bfloat16, and by layer what makes it so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..modules.dit import Block, DiT
+from ..modules.model import Model
+from ..profiles.record import environment
+from ..runtime import Engine
+from .models import DiTInputs
+from .plain import relative_error
+from .suite import Stream
+
+# What is quantised in a block: each of these modules reads one input, which all it multiplies shares.
+QUANTISED = ("self_attn", "self_attn.o", "cross_attn", "cross_attn.o", "ffn", "ffn.2")
+
+
+@torch.no_grad()
+def fp8_quality(model: Model, chunks: int = 2) -> dict[str, Any]:
+    """Compare a model in bfloat16, which it is converted to first, with itself in fp8, which it stays in.
+
+    Returns a result with, beside where it was measured:
+    step_relative_error: of one step's velocity at noise level 1/2, |fp8 - bf16| / |bf16|;
+    block_relative_errors: of the residual stream after each block of that step;
+    frames_psnr_db: of each of `chunks` chunks of a stream, every one made from the one before;
+    inputs: for each of QUANTISED, by block: the largest and the median crest factor of its rows (largest
+    magnitude / root mean square: high where there are outliers), and the relative rounding error.
+    """
+    stream, device = model.stream, model.device
+    inputs = DiTInputs.draw(model.dit.config, stream, device)
+    frames, steps, streams = {}, {}, {}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in QUANTISED}
+    for precision in ("bf16", "fp8"):
+        engine = Engine(model, precision=precision, capture=False)  # type: ignore[arg-type]
+        step = inputs.step(model.dit)
+        with watched(model.dit, rows if precision == "bf16" else None) as streams[precision]:
+            steps[precision] = step().float()
+        made = Stream(engine)
+        frames[precision] = [made.next_chunk().frames.float() / 127.5 - 1 for _ in range(chunks)]
+        engine.close()
+    blocks = zip(streams["fp8"], streams["bf16"], strict=True)
+    return {
+        **environment(device),
+        "height": stream.height,
+        "width": stream.width,
+        "steps": stream.steps,
+        "step_relative_error": relative_error(steps["fp8"], steps["bf16"]),
+        "block_relative_errors": [relative_error(a, b.float()) for a, b in blocks],
+        "frames_psnr_db": [psnr_db(a, b) for a, b in zip(frames["fp8"], frames["bf16"], strict=True)],
+        "inputs": {
+            name: {key: [row[key] for row in layers] for key in layers[0]} for name, layers in rows.items()
+        },
+    }
+
+
+@contextmanager
+def watched(dit: DiT, rows: Mapping[str, list[dict[str, float]]] | None) -> Iterator[list[Tensor]]:
+    """The residual stream after each block of the steps made inside, and into `rows` what QUANTISED reads."""
+    streams: list[Tensor] = []
+    handles = []
+
+    def keep(_: nn.Module, __: object, result: tuple[Tensor, object]) -> None:
+        streams.append(result[0])
+
+    for block in dit.blocks:
+        assert isinstance(block, Block)
+        handles.append(block.register_forward_hook(keep))
+        for name, layers in (rows or {}).items():
+
+            def measure(
+                _: nn.Module, given: tuple[Tensor, ...], layers: list[dict[str, float]] = layers
+            ) -> None:
+                layers.append(outliers(given[0]))
+
+            handles.append(block.get_submodule(name).register_forward_pre_hook(measure))
+    try:
+        yield streams
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outliers(x: Tensor) -> dict[str, float]:
+    """Of rows [..., K]: crest factors, and the relative error of rounding them to float8 by rows."""
+    wide = x.float()
+    crest = wide.abs().amax(-1) / wide.square().mean(-1).sqrt().clamp(min=1e-30)
+    rounded = ops.quantize(x)
+    return {
+        "crest_largest": crest.max().item(),
+        "crest_median": crest.median().item(),
+        "rounding_error": relative_error(rounded.data.float() * rounded.scale, wide),
+    }
+
+
+def psnr_db(a: Tensor, b: Tensor) -> float:
+    """Of frames in [-1, 1]."""
+    return 10 * math.log10(4 / max((a - b).square().mean().item(), 1e-12))
