@@ -1,4 +1,4 @@
-"""What float8 costs a model: how far a step and its frames go from bfloat16, and by layer what makes it so."""
+"""What float8 costs a model: errors against bfloat16 and, by layer, what makes them."""
 
 from __future__ import annotations
 
