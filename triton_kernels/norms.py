@@ -1,54 +1,149 @@
-"""Normalisations of the DiT, a row (a token's channels) a program, fused with what surrounds them.
+"""Normalisations of the DiT, a few rows (a token's channels) a program, fused with what surrounds them.
 
-All statistics are float32.  A row is read once and stays in registers.
+All statistics are float32.  A row is read once and stays in registers, as parts of a power of two of
+channels: no lane idles at a width of five such parts.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantize import FP8_MAX, store_row_fp8, warps
+from .quantize import FP8_MAX, row_scale, to_fp8
 from .specialization import Specialization
+
+VECTOR = 4  # channels a thread loads at once: 16 bytes of float32 parameters
+
+
+class Rows(NamedTuple):
+    """How many rows a program of `residual_norm_kernel` holds, for which it loads the parameters once, and
+    its warps."""
+
+    rows: int
+    warps: int
+
+
+ROWS = Rows(rows=2, warps=8)
+HEAD_PART = 8  # heads of a part of `qk_norm_rope_kernel`, at most
+HEADS_WARPS = 4
+
+
+@triton.jit
+def channels(part, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """[1, BLOCK] of a row: part `part`'s.
+
+    The hint keeps every tensor of a part in one layout, VECTOR a thread.  Left to itself the compiler gives
+    each as many as fill 16 bytes, and what it loads is exchanged through shared memory.
+    """
+    first = tl.max_contiguous(tl.arange(0, BLOCK)[None, :], [1, VECTOR])
+    return tl.max_contiguous(part * BLOCK + first, [1, VECTOR])
+
+
+@triton.jit
+def load_channels(at, columns, D: tl.constexpr, MASKED: tl.constexpr):
+    """The channels `columns` of what `at` points at, as float32; 0 past D."""
+    loaded = tl.load(at + columns, mask=columns < D, other=0.0) if MASKED else tl.load(at + columns)
+    return loaded.to(tl.float32)
+
+
+@triton.jit
+def store_channels(at, columns, value, D: tl.constexpr, MASKED: tl.constexpr):
+    """Store the channels `columns` of what `at` points at, in its dtype; nothing past D."""
+    if MASKED:
+        tl.store(at + columns, value.to(at.dtype.element_ty), mask=columns < D)
+    else:
+        tl.store(at + columns, value.to(at.dtype.element_ty))
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, FAST: tl.constexpr):
+    """float32 x rounded to `dtype`, as float32.
+
+    FAST, on a GPU: bfloat16 by pairs, one instruction for two; the compiler rounds one at a time what it
+    also reads back.  Triton's interpreter has no inline assembly.
+    """
+    if FAST and dtype == tl.bfloat16:
+        rounded = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 pair;
+            cvt.rn.bf16x2.f32 pair, $3, $2;
+            shl.b32 $0, pair, 16;
+            and.b32 $1, pair, 0xffff0000;
+            }""",
+            "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        rounded = x.to(dtype).to(tl.float32)
+    return rounded
 
 
 @triton.jit
 def residual_norm_kernel(
     x, y, gate, weight, bias, residual, out, scale,
     length, gate_stride, weight_stride, bias_stride, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_NORM: tl.constexpr, FP8: tl.constexpr, FP8_LIMIT: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
+    FP8: tl.constexpr, FP8_LIMIT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """residual = x + y * gate; out = LayerNorm(residual) * weight + bias, both a row."""
-    at = tl.program_id(0).to(tl.int64)
-    batch = at // length
-    columns = tl.arange(0, BLOCK)
-    mask = columns < D
-    row = tl.load(x + at * D + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_Y:
-        added = tl.load(y + at * D + columns, mask=mask, other=0.0).to(tl.float32)
-        if HAS_GATE:
-            added *= tl.load(gate + batch * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        rounded = (row + added).to(residual.dtype.element_ty)
-        tl.store(residual + at * D + columns, rounded, mask=mask)
-        row = rounded.to(tl.float32)  # the norm sees what the next layer will read
+    """residual = x + y * gate; out = LayerNorm(residual) * weight + bias, both for ROWS rows of a batch
+    element, which has `length`; past its end the last one again."""
+    tiles = tl.cdiv(length, ROWS)
+    batch = tl.program_id(0).to(tl.int64) // tiles
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    row = (batch * length + tl.minimum(row, length - 1))[:, None]
+    at = row * D
+    gate += batch * gate_stride
+    weight += batch * weight_stride
+    bias += batch * bias_stride
+    parts = ()
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.static_range(PARTS):
+        columns = channels(i, BLOCK, VECTOR)
+        part = load_channels(x + at, columns, D, (i + 1) * BLOCK > D)
+        if HAS_Y:
+            added = load_channels(y + at, columns, D, (i + 1) * BLOCK > D)
+            if HAS_GATE:
+                added *= load_channels(gate, columns, D, (i + 1) * BLOCK > D)
+            # The norm sees what the next layer will read.
+            part = round_to(part + added, residual.dtype.element_ty, FAST)
+            store_channels(residual + at, columns, part, D, (i + 1) * BLOCK > D)
+        total += part
+        parts += (part,)  # type: ignore[assignment]
     if HAS_NORM:
-        mean = tl.sum(row, 0) / D
-        centred = tl.where(mask, row - mean, 0.0)
-        normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-        w = tl.load(weight + batch * weight_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(bias + batch * bias_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        normed = normed * w + b
+        mean = tl.sum(total, 1)[:, None] / D
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        for i in tl.static_range(PARTS):
+            centred = parts[i] - mean
+            if (i + 1) * BLOCK > D:
+                centred = tl.where(channels(i, BLOCK, VECTOR) < D, centred, 0.0)
+            squares += centred * centred
+        spread = tl.rsqrt(tl.sum(squares, 1)[:, None] / D + eps)
+        normed_parts = ()
+        largest = tl.zeros((ROWS, BLOCK), tl.float32)
+        for i in tl.static_range(PARTS):
+            columns = channels(i, BLOCK, VECTOR)
+            w = load_channels(weight, columns, D, (i + 1) * BLOCK > D)
+            b = load_channels(bias, columns, D, (i + 1) * BLOCK > D)
+            normed = (parts[i] - mean) * spread * w + b  # past D, where w and b are 0, it is 0
+            if FP8:
+                # The same rounding as storing and then quantising.
+                normed = round_to(normed, x.dtype.element_ty, FAST)
+                normed_parts += (normed,)  # type: ignore[assignment]
+                largest = tl.maximum(largest, tl.abs(normed))
+            else:
+                store_channels(out + at, columns, normed, D, (i + 1) * BLOCK > D)
         if FP8:
-            # The same rounding as storing and then quantising.
-            normed = normed.to(x.dtype.element_ty).to(tl.float32)
-            store_row_fp8(normed, out + at * D, scale, at, columns, mask, FP8_LIMIT)
-        else:
-            tl.store(out + at * D + columns, normed.to(out.dtype.element_ty), mask=mask)
+            s = row_scale(tl.max(largest, 1)[:, None], FP8_LIMIT)
+            inverse = tl.div_rn(1.0, s)
+            for i in tl.static_range(PARTS):
+                rounded = to_fp8(normed_parts[i], inverse, out.dtype.element_ty, FP8_LIMIT)
+                store_channels(out + at, channels(i, BLOCK, VECTOR), rounded, D, (i + 1) * BLOCK > D)
+            tl.store(scale + row, s)
 
 
 def residual_norm(
@@ -59,30 +154,45 @@ def residual_norm(
     bias: Tensor | None,
     eps: float,
     fp8: bool,
+    most: Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `residual_norm_kernel`: x, y [B, ..., D], gate, weight and bias [1 or B, 1, D], all contiguous.
 
     Without weight (and bias) there is no norm.  Returns (residual, out, scale); residual is empty without
-    `y`, out without `weight`, scale without `fp8`.
+    `y`, out without `weight`, scale without `fp8`.  `most`: rows and warps of a program, `ROWS` if None;
+    narrow rows take fewer warps.
     """
     width, rows = x.shape[-1], math.prod(x.shape[:-1])
     residual = torch.empty_like(x) if y is not None else x.new_empty(0)
     dtype = torch.float8_e4m3fn if fp8 else x.dtype
     out = torch.empty_like(x, dtype=dtype) if weight is not None else x.new_empty(0, dtype=dtype)
     scale = x.new_empty((*x.shape[:-1], 1) if fp8 else 0, dtype=torch.float32)
-    block = triton.next_power_of_2(width)
-
-    def stride(parameter: Tensor | None) -> int:
-        return width if parameter is not None and parameter.shape[0] > 1 else 0
-
-    residual_norm_kernel[(rows,)](
+    strides = [width if v is not None and v.shape[0] > 1 else 0 for v in (gate, weight, bias)]
+    length = math.prod(x.shape[1:-1]) if any(strides) else rows  # else all rows have the same parameters
+    held = fit(ROWS if most is None else most, width, length)
+    block = VECTOR * 32 * held.warps
+    residual_norm_kernel[(triton.cdiv(length, held.rows) * (rows // length),)](
         # x stands in for what is not there: never read.
         *(x if part is None else part for part in (x, y, gate, weight, bias)),
-        residual, out, scale, math.prod(x.shape[1:-1]), stride(gate), stride(weight), stride(bias), eps,
-        D=width, BLOCK=block, HAS_Y=y is not None, HAS_GATE=gate is not None, HAS_NORM=weight is not None,
-        FP8=fp8, FP8_LIMIT=FP8_MAX, num_warps=warps(block),
+        residual, out, scale, length, *strides, eps,
+        D=width, ROWS=held.rows, PARTS=triton.cdiv(width, block), BLOCK=block, VECTOR=VECTOR,
+        HAS_Y=y is not None, HAS_GATE=gate is not None, HAS_NORM=weight is not None,
+        FP8=fp8, FP8_LIMIT=FP8_MAX, FAST=x.is_cuda, num_warps=held.warps,
     )  # fmt: skip
     return residual, out, scale
+
+
+def fit(most: Rows, width: int, length: int) -> Rows:
+    """`most`, but no more warps than hold a row of `width` and no more rows than there are."""
+    warps = min(most.warps, max(1, triton.next_power_of_2(width) // (VECTOR * 32)))
+    return Rows(min(most.rows, triton.next_power_of_2(length)), warps)
+
+
+@triton.jit
+def load_heads(at, columns, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`columns` of what `at` points at, as float32; 0 past a head's D channels."""
+    loaded = tl.load(at + columns, mask=channel < D, other=0.0) if D < BLOCK_D else tl.load(at + columns)
+    return loaded.to(tl.float32)
 
 
 @triton.jit
@@ -93,42 +203,62 @@ def qk_norm_rope_kernel(
 ):  # fmt: skip
     """out = RMSNorm(row) * weight over all H*D channels, then each head's pairs turned by the row's angles.
 
-    As [heads, channels] the D values of the table's row are loaded once for the heads that share a thread.
+    The row is parts of BLOCK_H heads, which divide H; the D values of the table's row serve every part.
     """
     at = tl.program_id(0).to(tl.int64)
     batch, position = at // length, at % length
-    head, channel = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    mask = (head < H) & (channel < D)
-    columns = head * D + channel
-    start = batch * batch_stride + position * row_stride
-    row = tl.load(x + start + columns, mask=mask, other=0.0).to(tl.float32)
-    mean_square = tl.sum(tl.sum(row * row, 1), 0) / (H * D)
-    row *= tl.rsqrt(mean_square + eps)
-    row *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    columns = tl.arange(0, BLOCK_H)[:, None] * D + channel
+    x += batch * batch_stride + position * row_stride
+    parts = ()
+    squares = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    for first in tl.static_range(0, H, BLOCK_H):
+        part = load_heads(x + first * D, columns, channel, D, BLOCK_D)
+        squares += part * part
+        parts += (part,)  # type: ignore[assignment]
+    spread = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / (H * D) + eps)
     if ROTATE:
-        turn = tl.load(table + position * D + channel, mask=channel < D, other=0.0)
-        cos, sin = tl.split(tl.reshape(turn, (1, BLOCK_D // 2, 2)))
-        real, imag = tl.split(tl.reshape(row, (BLOCK_H, BLOCK_D // 2, 2)))
-        turned = tl.join(real * cos - imag * sin, real * sin + imag * cos)
-        row = tl.reshape(turned, (BLOCK_H, BLOCK_D))
-    tl.store(out + at * (H * D) + columns, row.to(out.dtype.element_ty), mask=mask)
+        # For every head, so that each thread loads what it turns by, in the layout of what it turns.
+        angles = tl.broadcast_to(channel, (BLOCK_H, BLOCK_D))
+        turn = load_heads(table + position * D, angles, channel, D, BLOCK_D)
+        cos, sin = tl.split(tl.reshape(turn, (BLOCK_H, BLOCK_D // 2, 2)))
+    for i in tl.static_range(H // BLOCK_H):
+        part = parts[i] * spread * load_heads(weight + i * BLOCK_H * D, columns, channel, D, BLOCK_D)
+        if ROTATE:
+            real, imag = tl.split(tl.reshape(part, (BLOCK_H, BLOCK_D // 2, 2)))
+            turned = tl.join(real * cos - imag * sin, real * sin + imag * cos)
+            part = tl.reshape(turned, (BLOCK_H, BLOCK_D))
+        to = out + at * (H * D) + i * BLOCK_H * D + columns
+        if D < BLOCK_D:
+            tl.store(to, part.to(out.dtype.element_ty), mask=channel < D)
+        else:
+            tl.store(to, part.to(out.dtype.element_ty))
 
 
-def qk_norm_rope(x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int, eps: float) -> Tensor:
+def qk_norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    table: Tensor | None,
+    num_heads: int,
+    eps: float,
+    warps: int = HEADS_WARPS,
+    part: int = HEAD_PART,
+) -> Tensor:
     """Launch `qk_norm_rope_kernel`: x [B, L, H*D] of any strides but contiguous channels, weight [H*D] and
-    table [L, D/2, 2] contiguous -> [B, L, H, D] contiguous."""
+    table [L, D/2, 2] contiguous -> [B, L, H, D] contiguous.  `part`: a power of two."""
     batch, length, width = x.shape
     head_dim = width // num_heads
     out = x.new_empty(batch, length, num_heads, head_dim)
-    heads, channels = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+    heads, block = math.gcd(num_heads, part), triton.next_power_of_2(head_dim)
     qk_norm_rope_kernel[(batch * length,)](
         x, weight, weight if table is None else table, out, length, x.stride(0), x.stride(1), eps,
-        H=num_heads, D=head_dim, BLOCK_H=heads, BLOCK_D=channels, ROTATE=table is not None,
-        num_warps=warps(heads * channels),
+        H=num_heads, D=head_dim, BLOCK_H=heads, BLOCK_D=block, ROTATE=table is not None,
+        num_warps=min(warps, max(1, heads * block // 128)),
     )  # fmt: skip
     return out
 
 
+HELPERS = ("channels", "load_channels", "load_heads", "round_to", "store_channels")
 _RESIDUAL_NORM_FORMS = (  # y, gate, norm
     (False, False, True),
     (True, False, True),
@@ -147,10 +277,11 @@ KERNELS = (
                 "eps": "fp32",
             },
             {
-                "D": 5120, "BLOCK": 8192, "HAS_Y": has_y, "HAS_GATE": has_gate, "HAS_NORM": has_norm,
-                "FP8": fp8, "FP8_LIMIT": FP8_MAX,
+                "D": 5120, "ROWS": ROWS.rows, "PARTS": 5120 // (VECTOR * 32 * ROWS.warps),
+                "BLOCK": VECTOR * 32 * ROWS.warps, "VECTOR": VECTOR, "HAS_Y": has_y, "HAS_GATE": has_gate,
+                "HAS_NORM": has_norm, "FP8": fp8, "FP8_LIMIT": FP8_MAX, "FAST": True,
             },
-            num_warps=8,
+            num_warps=ROWS.warps,
         )
         for has_y, has_gate, has_norm in _RESIDUAL_NORM_FORMS
         for fp8 in ((False, True) if has_norm else (False,))
@@ -164,8 +295,8 @@ KERNELS = (
                 **dict.fromkeys(("length", "batch_stride", "row_stride"), "i32"),
                 "eps": "fp32",
             },
-            {"H": 40, "D": 128, "BLOCK_H": 64, "BLOCK_D": 128, "ROTATE": rotate},
-            num_warps=8,
+            {"H": 40, "D": 128, "BLOCK_H": HEAD_PART, "BLOCK_D": 128, "ROTATE": rotate},
+            num_warps=HEADS_WARPS,
         )
         for rotate in (False, True)
     ),

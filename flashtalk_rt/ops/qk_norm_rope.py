@@ -92,6 +92,7 @@ SPEC = OpSpec(
         _case(2, (2, 1, 3), 3, 16, of=3),
         _case(2, (1, 1, 1), 5, 20),
         _case(1, (3, 1, 1), 5, 128, of=2),
+        _case(2, (1, 1, 3), 16, 16),  # two parts of a row
         _case(2, (1, 5, 1), 3, 24, rotate=False, of=3),
     ),
     workload=_case(1, (9, 48, 28), 40, 128, of=3),
