@@ -9,6 +9,7 @@ from skimage.color import rgb2lab
 from torch import Tensor
 
 from flashtalk_rt import ops
+from flashtalk_rt.errors import InputError
 from flashtalk_rt.ops import reference
 
 INTERPRETED = pytest.mark.skipif(
@@ -101,3 +102,48 @@ def test_statistics_may_differ_by_video_and_by_frame(shape: tuple[int, int]) -> 
 def test_strength_zero_is_the_frames_themselves() -> None:
     frames, statistics = normal(1, 3, 1, 4, 4), torch.ones(1, 1, 3, 1, 1)
     assert ops.color_match(frames, statistics, statistics, 0, backend="triton") is frames
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pixels_are_the_matched_frames_rounded(
+    dtype: torch.dtype, strength: float, device: str, backend: str
+) -> None:
+    """Straight into slices of longer buffers, whose other frames stay."""
+    frames = (2 * normal(1, 3, 2, 9, 11)).clamp(-1, 1).to(device, dtype)
+    wanted = reference.lab_statistics(normal(1, 3, 1, 8, 8, seed=1).to(device).tanh())
+    longer = torch.full((1, 3, 6, 9, 11), 7.0, device=device)
+    pixels = torch.full((1, 6, 9, 11, 3), 7, dtype=torch.uint8, device=device)
+    into = longer[:, :, 3:5], pixels[:, 3:5]
+    found = ops.color_match_pixels(frames, *wanted, strength, into=into, backend=backend)
+    assert all(mine is given for mine, given in zip(found, into, strict=True))
+    exact = reference.color_match(frames.float(), *wanted, strength)
+    torch.testing.assert_close(longer[:, :, 3:5], exact, rtol=0, atol=0 if strength == 0 else 2e-5)
+    assert torch.equal(pixels[:, 3:5], reference.to_pixels(longer[:, :, 3:5]))
+    assert (longer[:, :, :3] == 7).all() and (longer[:, :, 5:] == 7).all()
+    assert (pixels[:, :3] == 7).all() and (pixels[:, 5:] == 7).all()
+    alone = ops.color_match_pixels(frames, *wanted, strength, backend=backend)
+    assert torch.equal(alone[0], longer[:, :, 3:5]) and torch.equal(alone[1], pixels[:, 3:5])
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_pixels_round_half_to_even(device: str, backend: str) -> None:
+    """128.5, 127.5 and 126.5 (and the ends) exactly, which blending with the frames themselves keeps."""
+    values = torch.tensor([128.5, 127.5, 126.5, 0.0, 255.0, 0.25]) / 127.5 - 1
+    halves = ((values + 1) * 127.5).tolist()
+    assert halves[1] == 127.5
+    frames = values.expand(1, 3, 1, 1, 6).contiguous().to(device)
+    statistics = ops.lab_statistics(frames, backend=backend)
+    matched, pixels = ops.color_match_pixels(frames, *statistics, 1e-30, backend=backend)
+    assert torch.equal(pixels, reference.to_pixels(matched))
+    assert pixels[0, 0, 0, :, 0].tolist() == [128, 128, 126, 0, 255, 0]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_where_matched_frames_do_not_fit_is_refused(part: int) -> None:
+    frames, statistics = normal(1, 3, 2, 4, 6), torch.ones(1, 1, 3, 1, 1)
+    into = [torch.empty(1, 3, 2, 4, 6), torch.empty(1, 2, 4, 6, 3, dtype=torch.uint8)]
+    into[part] = into[part].transpose(-1, -2).contiguous().transpose(-1, -2)
+    with pytest.raises(InputError, match=("matched", "pixels")[part]):
+        ops.color_match_pixels(frames, statistics, statistics, 1.0, into=(into[0], into[1]))

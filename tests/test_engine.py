@@ -239,14 +239,14 @@ def test_nothing_holds_a_graph_when_the_graphs_are_closed() -> None:
     run(engine.session(portrait()), speech(CHUNK))
     stages = engine._stages
     assert stages is not None
-    blocks = (stages._first, stages._later)
     works = [stages._audio_context, *stages._steps, stages._encode]
-    held = [weakref.ref(work) for work in (*works, *(w for b in blocks for w in (b.decode, b.color)))]
-    del works, blocks
+    works += [stages._blocks[0].decode, stages._blocks[1].decode, *(b.color for b in stages._blocks)]
+    held = [weakref.ref(work) for work in works]
+    del works
     alive: list[object] = []
     stages.graphs.close = lambda: alive.extend(ref() for ref in held)  # type: ignore[method-assign]
     engine.close()
-    assert len(alive) == 8 and not any(alive)
+    assert len(alive) == 15 and not any(alive)
 
 
 def test_capture_on_a_cpu_is_refused() -> None:
@@ -440,7 +440,7 @@ def test_captured_equals_eager_bit_for_bit(
     for capture in (True, False):
         engine = gpu_engine(steps=steps, precision=precision, height=64, width=48, capture=capture)
         results.append(frames_of(run(engine.session(portrait(), seed=3), audio)))
-        assert engine._stages is not None and len(engine._stages.graphs) == (steps + 6 if capture else 0)
+        assert engine._stages is not None and len(engine._stages.graphs) == (steps + 13 if capture else 0)
         engine.close()
     assert torch.equal(*results)
 

@@ -22,6 +22,7 @@ class ColorReference:
         """image [1, 3, 1, H, W] in [-1, 1]."""
         return cls(*ops.lab_statistics(image), strength)
 
-    def match(self, frames: Tensor) -> Tensor:
-        """frames [1, 3, T, H, W] in [-1, 1] -> the same, matched."""
-        return ops.color_match(frames, self.mean, self.std, self.strength)
+    def match(self, frames: Tensor, into: tuple[Tensor, Tensor]) -> None:
+        """frames [1, 3, T, H, W] in [-1, 1] -> `into`: the same, matched, float32, and their pixels, uint8
+        [1, T, H, W, 3]; laid out as `ops.color_match_pixels` says."""
+        ops.color_match_pixels(frames, self.mean, self.std, self.strength, into=into)

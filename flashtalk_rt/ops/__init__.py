@@ -24,7 +24,7 @@ from .audio_cross_attention import (
     audio_form,
 )
 from .chunk_attention import chunk_attention
-from .color_match import color_match, lab_statistics
+from .color_match import color_match, color_match_pixels, lab_statistics
 from .conv3d import conv3d
 from .dual_cross_attention import dual_cross_attention, padding_bias
 from .fp8 import FP8, Quantized, quantize
@@ -47,6 +47,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     _chunk_attention.SPEC,
     _color_match.LAB_STATISTICS,
     _color_match.COLOR_MATCH,
+    _color_match.COLOR_MATCH_PIXELS,
     _conv3d.SPEC,
     _dual_cross_attention.SPEC,
     _fp8.SPEC,
@@ -78,6 +79,7 @@ __all__ = [
     "audio_form",
     "chunk_attention",
     "color_match",
+    "color_match_pixels",
     "conv3d",
     "dual_cross_attention",
     "fold_upsampled",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from . import reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
@@ -29,7 +30,9 @@ def _(frames: Tensor) -> tuple[Tensor, Tensor]:
 def _match_kernel(frames: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
     from ..triton_kernels import color
 
-    return color.color_match(frames, mean, std, strength)
+    out = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
+    color.color_match(frames, mean, std, strength, out, None)
+    return out
 
 
 @_match_kernel.register_fake
@@ -39,6 +42,20 @@ def _(frames: Tensor, mean: Tensor, std: Tensor, strength: float) -> Tensor:
 
 def _plain_match(frames: Tensor, mean: Tensor, std: Tensor, strength: float) -> tuple[Tensor]:
     return (reference.color_match(frames, mean, std, strength),)
+
+
+@torch.library.custom_op("flashtalk_rt::color_match_pixels", mutates_args=("matched", "pixels"))
+def _pixels_kernel(
+    frames: Tensor, mean: Tensor, std: Tensor, strength: float, matched: Tensor, pixels: Tensor
+) -> None:
+    from ..triton_kernels import color
+
+    color.color_match(frames, mean, std, strength, matched, pixels)
+
+
+@_pixels_kernel.register_fake
+def _(frames: Tensor, mean: Tensor, std: Tensor, strength: float, matched: Tensor, pixels: Tensor) -> None:
+    pass
 
 
 differentiate_through(_statistics_kernel, reference.lab_statistics)
@@ -67,6 +84,55 @@ def color_match(
     if backend_for(COLOR_MATCH, frames.device, frames.dtype, wanted=backend) == "triton":
         return _match_kernel(frames, mean, std, strength)  # type: ignore[no-any-return]
     return reference.color_match(frames, mean, std, strength)
+
+
+def color_match_pixels(
+    frames: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    strength: float,
+    *,
+    into: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`color_match` as float32 [B, 3, T, H, W], whatever the frames' dtype, and its pixels
+    uint8 [B, T, H, W, 3]: (x + 1) * 127.5, half to even, within 0..255.  Without a gradient.
+
+    into: where both go and what is returned, say slices along time of longer buffers; each of its planes
+    [H, W] and each of its pictures [H, W, 3] must be contiguous.
+    """
+    if into is not None:
+        _check_into(frames, *into)
+    serving = backend_for(COLOR_MATCH_PIXELS, frames.device, frames.dtype, wanted=backend)
+    if strength == 0 or serving != "triton":
+        found = reference.color_match_pixels(frames, mean, std, strength)
+        if into is None:
+            return found
+        for target, source in zip(into, found, strict=True):
+            target.copy_(source)
+        return into
+    if into is None:
+        batch, _, length, height, width = frames.shape
+        into = (
+            frames.new_empty(frames.shape, dtype=torch.float32),
+            frames.new_empty((batch, length, height, width, 3), dtype=torch.uint8),
+        )
+    _pixels_kernel(frames, mean, std, strength, *into)
+    return into
+
+
+def _check_into(frames: Tensor, matched: Tensor, pixels: Tensor) -> None:
+    batch, _, length, height, width = frames.shape
+    for name, tensor, shape, dtype, strides in (
+        ("matched", matched, frames.shape, torch.float32, (width, 1)),
+        ("pixels", pixels, (batch, length, height, width, 3), torch.uint8, (3 * width, 3, 1)),
+    ):
+        found = tensor.stride()[-len(strides) :]
+        if tensor.shape != shape or tensor.dtype != dtype or found != strides:
+            raise InputError(
+                f"color_match_pixels: {name} is {tensor.dtype} {list(tensor.shape)} of strides {found}; it "
+                f"must be {dtype} {list(shape)}, its pictures contiguous"
+            )
 
 
 def _video(
@@ -122,4 +188,12 @@ COLOR_MATCH = OpSpec(
     ),
     workload=_match_case(1, 4, 768, 448, 1.0, ndhwc=False),
     gradients=("frames", "mean", "std"),
+)
+COLOR_MATCH_PIXELS = OpSpec(
+    "color_match_pixels",
+    (TRITON, TORCH),
+    function=color_match_pixels,
+    reference=reference.color_match_pixels,
+    cases=COLOR_MATCH.cases,
+    workload=COLOR_MATCH.workload,
 )

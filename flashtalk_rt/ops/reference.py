@@ -217,3 +217,15 @@ def color_match(frames: Tensor, mean: Tensor, std: Tensor, strength: float) -> T
     matched = lab_to_rgb((lab - own_mean) * gain + mean)
     blended = rgb + strength * (matched - rgb)
     return (blended * 2 - 1).transpose(1, 2).to(frames.dtype)
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """frames [B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
+    scaled = ((frames + 1) * 127.5).round().clamp(0, 255)
+    return scaled.permute(0, 2, 3, 4, 1).to(torch.uint8)
+
+
+def color_match_pixels(frames: Tensor, mean: Tensor, std: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """`color_match` as float32, and its pixels."""
+    matched = color_match(frames.float(), mean, std, strength)
+    return matched, to_pixels(matched)

@@ -1,7 +1,7 @@
 """A chunk as stages over static buffers: the same callables, replayed from CUDA graphs or run eagerly.
 
-The stages: audio context, every denoising step, decode and colour of the first latent frame, decode and
-colour of a later one, and encoding the last frames as the next chunk's motion.  What differs between chunks
+The stages: audio context, every denoising step, decoding the first latent frame and a later one, the colour
+of each latent frame, and encoding the last frames as the next chunk's motion.  What differs between chunks
 and sessions (windows, noise, motion, session constants) is copied into the buffers between the stages, so
 another picture, prompt or seed needs no new capture.
 """
@@ -49,19 +49,12 @@ class Generated:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The frames of one latent frame (t = 1 for the first, else 4): buffers and the stages that fill them."""
+    """The frames start..end of one latent frame (1 of the first, else 4), and the stages that fill them."""
 
-    decoded: Tensor  # [1, 3, t, H, W] float32 in [-1, 1]
-    matched: Tensor  # [1, 3, t, H, W] float32
-    pixels: Tensor  # uint8 [t, H, W, 3]
-    decode: Work
-    color: Work
-
-
-def write_pixels(pixels: Tensor, frames: Tensor) -> None:
-    """frames [1, 3, T, H, W] in [-1, 1] into `pixels`, uint8 [T, H, W, 3]."""
-    scaled = ((frames[0] + 1) * 127.5).round().clamp(0, 255)
-    pixels.copy_(scaled.permute(1, 2, 3, 0))
+    start: int
+    end: int
+    decode: Work  # of the latent frame; one for all blocks but the first
+    color: Work  # what was decoded, into the chunk's frames and pixels
 
 
 class Stages:
@@ -112,8 +105,7 @@ class Stages:
             graphs.add(functools.partial(self._step, t, s), warm=number == 0)
             for number, (t, s) in enumerate(itertools.pairwise(times))
         ]
-        self._first = self._block("first", first, None)
-        self._later = self._block("later", later, self._cache)
+        self._blocks = self._make_blocks(first, later)
         self._encode = graphs.add(
             lambda: copy_tree(self._motion, model.vae.encode(self._frames[:, :, -stream.motion_frames :]))
         )
@@ -146,7 +138,7 @@ class Stages:
 
     def close(self) -> None:
         """Destroy the graphs, then let go of the buffers and weights; nothing may be called any more."""
-        del self._audio_context, self._steps, self._first, self._later, self._encode  # they hold the graphs
+        del self._audio_context, self._steps, self._blocks, self._encode  # they hold the graphs
         self.graphs.close()
         self.buffers.close()
         self._weights.clear()
@@ -196,18 +188,14 @@ class Stages:
     def _decode_all(self, host: Tensor, clock: StageClock) -> None:
         """Decode and match every latent frame; each one's new pixels leave for `host` at once."""
         first_new = self._model.stream.motion_frames
-        end, sent = 0, False
-        for i in range(self._latent.shape[2]):
-            block = self._later if i else self._first
-            start, end = end, end + len(block.pixels)
+        sent = False
+        for i, block in enumerate(self._blocks):
             self._latent_frame.copy_(self._latent[:, :, i : i + 1])
             with clock.stage("vae_decode"):
                 block.decode()
             with clock.stage("color"):
                 block.color()
-                self._frames[:, :, start:end] = block.matched
-                self._pixels[start:end] = block.pixels
-            new = max(start, first_new)
+            new, end = max(block.start, first_new), block.end
             if new >= end:
                 continue
             self._copies.follow()
@@ -231,9 +219,8 @@ class Stages:
         into.copy_(frames)
         copy_tree(self._cache, future)
 
-    def _color(self, decoded: Tensor, matched: Tensor, pixels: Tensor) -> None:
-        matched.copy_(self._constants.color.match(decoded))
-        write_pixels(pixels, matched)
+    def _color(self, decoded: Tensor, frames: Tensor, pixels: Tensor) -> None:
+        self._constants.color.match(decoded, (frames, pixels[None]))
 
     # Making them.
 
@@ -243,14 +230,22 @@ class Stages:
         first, cache = self._model.vae.decode_step(self._latent_frame, None, clamp=True)
         later, _ = self._model.vae.decode_step(self._latent_frame, cache, clamp=True)
         like = self.buffers.like
-        # float32, as colour matching computes: copying into it converts.
-        decoded = like("first.decoded", first.float()), like("later.decoded", later.float())
-        return like("cache", cache), *decoded
+        return like("cache", cache), like("first.decoded", first), like("later.decoded", later)
 
-    def _block(self, name: str, decoded: Tensor, past: Cache | None) -> Block:
-        """The stages that decode into `decoded` and match it."""
-        matched = self.buffers.zeros(f"{name}.matched", decoded.shape, torch.float32)
-        pixels = self.buffers.zeros(f"{name}.pixels", (*decoded.shape[2:], 3), torch.uint8)
-        decode = self.graphs.add(functools.partial(self._decode, decoded, past))
-        color = self.graphs.add(functools.partial(self._color, decoded, matched, pixels))
-        return Block(decoded, matched, pixels, decode, color)
+    def _make_blocks(self, first: Tensor, later: Tensor) -> tuple[Block, ...]:
+        """A block for every latent frame, the first decoded into `first` and each other into `later`."""
+        graphs = self.graphs
+        decodes = (
+            graphs.add(functools.partial(self._decode, first, None)),
+            graphs.add(functools.partial(self._decode, later, self._cache)),
+        )
+        blocks, end = [], 0
+        for i in range(self._latent.shape[2]):
+            decoded, decode = (later, decodes[1]) if i else (first, decodes[0])
+            start, end = end, end + decoded.shape[2]
+            color = functools.partial(
+                self._color, decoded, self._frames[:, :, start:end], self._pixels[start:end]
+            )
+            # From the second on they launch the same kernels on the same shapes.
+            blocks.append(Block(start, end, decode, graphs.add(color, warm=i < 2)))
+        return tuple(blocks)
