@@ -14,6 +14,7 @@ from flashtalk_rt.modules import vae_layers
 from flashtalk_rt.modules.vae import VAE, CacheCursor
 from flashtalk_rt.ops import reference_vae as reference
 
+pixel_attention = importlib.import_module("flashtalk_rt.ops.pixel_attention")  # not the function
 SMALL = VAEConfig(dim=4, num_res_blocks=1)
 NO_INTERPRETER = "Triton's kernels are interpreted only where there is no GPU"
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason=NO_INTERPRETER)
@@ -91,6 +92,39 @@ def test_preparing_changes_no_result_and_no_parameter() -> None:
     assert list(vae.state_dict()) == names
     prepared = [layer for layer in vae.decoder.upsamples if isinstance(layer, vae_layers.Upsample)]
     assert len(prepared) == 3 and all(layer.folded is not None for layer in prepared)
+
+
+# --- attention -------------------------------------------------------------------------------------
+
+
+def pixel_rows(scale: float, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k and v of two frames of 70 pixels, 384 wide, as views of one tensor."""
+    rows = normal(1, 2, 70, 3 * 384, device=device)
+    rows[..., : 2 * 384] *= scale
+    return rows.to(dtype).chunk(3, dim=-1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("scores", [2**25, 1000, 1])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_attention_in_explicit_float16(
+    scale: float, scores: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole and in pieces; at 60 the products are past float16's range, the scaled ones are not."""
+    monkeypatch.setattr(pixel_attention, "SCORES", scores)
+    q, k, v = pixel_rows(scale, device, torch.float16)
+    assert ((q.float() @ k.float().mT).abs().max() > 65504) == (scale > 1)
+    exact = reference.pixel_attention(q.double(), k.double(), v.double())
+    assert relative(pixel_attention.explicit(q, k, v), exact) < (2e-3 if scale == 1 else 5e-2)
+
+
+@pytest.mark.gpu
+def test_wide_heads_are_served_by_the_explicit_form_in_inference() -> None:
+    q, k, v = pixel_rows(1, "cuda", torch.float16)
+    assert torch.equal(ops.pixel_attention(q, k, v), pixel_attention.explicit(q, k, v))
+    plain = ops.pixel_attention(q, k, v, backend="torch")
+    assert relative(ops.pixel_attention(q, k, v), plain) < 2e-3
+    assert ops.pixel_attention(q.requires_grad_(True), k, v).requires_grad
 
 
 # --- norms and caches ------------------------------------------------------------------------------

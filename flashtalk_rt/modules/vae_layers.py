@@ -148,7 +148,7 @@ class SpatialAttention(nn.Module):
         # On NDHWC activations a frame's pixels are rows already, and a 1x1 convolution is a linear layer.
         rows = self.norm(x.movedim(1, -1).flatten(2, 3))  # [B, T, H * W, C]
         q, k, v = F.linear(rows, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
-        out: Tensor = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = ops.pixel_attention(q, k, v)
         out = F.linear(out, self.proj.weight.flatten(1), self.proj.bias).unflatten(2, x.shape[3:])
         return x + out.movedim(-1, 1)
 

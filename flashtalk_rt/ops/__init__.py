@@ -9,6 +9,7 @@ from . import dual_cross_attention as _dual_cross_attention
 from . import fp8 as _fp8
 from . import linear as _linear
 from . import norm_silu as _norm_silu
+from . import pixel_attention as _pixel_attention
 from . import qk_norm_rope as _qk_norm_rope
 from . import residual_norm as _residual_norm
 from . import slice_conv as _slice_conv
@@ -30,6 +31,7 @@ from .dual_cross_attention import dual_cross_attention, padding_bias
 from .fp8 import FP8, Quantized, quantize
 from .linear import linear_fp8
 from .norm_silu import add_norm_silu, norm_silu
+from .pixel_attention import pixel_attention
 from .qk_norm_rope import qk_norm_rope
 from .reference import rms_norm, rope_table
 from .reference_vae import with_past
@@ -54,6 +56,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     _linear.SPEC,
     _norm_silu.NORM_SILU,
     _norm_silu.ADD_NORM_SILU,
+    _pixel_attention.SPEC,
     _qk_norm_rope.SPEC,
     _residual_norm.SPEC,
     _residual_norm.ADALN,
@@ -89,6 +92,7 @@ __all__ = [
     "linear_fp8",
     "norm_silu",
     "padding_bias",
+    "pixel_attention",
     "plain_backends",
     "plainly",
     "qk_norm_rope",

@@ -72,3 +72,10 @@ def vae_head(
     _, y = add_norm_silu(x, bias, shortcut, gamma, past)
     out = F.conv3d(y, weight, out_bias, padding=(0, 1, 1))
     return (out.clamp(-1, 1) if clamp else out), y[:, :, -2:]
+
+
+def pixel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v in float32 at least."""
+    q, k, v, dtype = *(x if x.dtype == torch.float64 else x.float() for x in (q, k, v)), q.dtype
+    scores: Tensor = q @ k.mT * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v).to(dtype)
