@@ -53,6 +53,17 @@ void check(const SliceConvCall& call) {
     check_pointer("out", call.out);
 }
 
+struct Dtype {
+    Element element;
+    CUtensorMapDataType in_map;
+};
+
+Dtype named_dtype(const std::string& name) {
+    if (name == "bfloat16") return {kBf16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16};
+    if (name == "float16") return {kFp16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16};
+    refuse("dtype is " + name + "; it must be bfloat16 or float16");
+}
+
 // There is no libcuda to link where there is no GPU, so the driver's function is asked for at run time.
 EncodeTiled encode_tiled() {
     void* function = nullptr;
@@ -66,10 +77,11 @@ EncodeTiled encode_tiled() {
     return reinterpret_cast<EncodeTiled>(function);
 }
 
-// A contiguous bf16 tensor, innermost dimension first, read in boxes of 64-byte rows.
+// A contiguous tensor of 2-byte elements, innermost dimension first, read in boxes of 64-byte rows.
 template <size_t kRank>
 CUtensorMap tensor_map(
-    EncodeTiled encode, uintptr_t data, const std::array<int, kRank>& sizes, const std::array<int, kRank>& box) {
+    EncodeTiled encode, CUtensorMapDataType type, uintptr_t data, const std::array<int, kRank>& sizes,
+    const std::array<int, kRank>& box) {
     std::array<cuuint64_t, kRank> dims;
     std::array<cuuint64_t, kRank> strides;  // in bytes, of the dimensions after the first; the last is not read
     std::array<cuuint32_t, kRank> box_dims;
@@ -84,10 +96,9 @@ CUtensorMap tensor_map(
     }
     CUtensorMap map;
     check_driver(
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, reinterpret_cast<void*>(data), dims.data(),
-               strides.data(), box_dims.data(), element_strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),  // zeros
+        encode(&map, type, kRank, reinterpret_cast<void*>(data), dims.data(), strides.data(), box_dims.data(),
+               element_strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_64B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),  // zeros
         "cuTensorMapEncodeTiled");
     return map;
 }
@@ -102,6 +113,7 @@ int attribute(cudaDeviceAttr which, int device) {
 
 void slice_conv(const SliceConvCall& call) {
     check(call);
+    const Dtype dtype = named_dtype(call.dtype);
     FT_CHECK_CUDA(cudaSetDevice(call.device));
 
     const SliceConvShape shape{call.frames - call.kernel_t + 1, call.height, call.width, call.in_channels,
@@ -113,19 +125,22 @@ void slice_conv(const SliceConvCall& call) {
     if (tiles > std::numeric_limits<int>::max() - multiprocessors) refuse("too many output pixels");
 
     const EncodeTiled encode = encode_tiled();
-    CUtensorMap x = tensor_map<4>(encode, call.x, {call.in_channels, call.width, call.height, call.frames},
-                                  {kSlab, kPatchWidth, variant.box_rows, 1});
+    CUtensorMap x = tensor_map<4>(
+        encode, dtype.in_map, call.x, {call.in_channels, call.width, call.height, call.frames},
+        {kSlab, kPatchWidth, variant.box_rows, 1});
     CUtensorMap weight = tensor_map<5>(
-        encode, call.weight, {call.in_channels, call.spatial, call.spatial, call.kernel_t, call.out_channels},
+        encode, dtype.in_map, call.weight,
+        {call.in_channels, call.spatial, call.spatial, call.kernel_t, call.out_channels},
         {kSlab, 1, 1, 1, variant.n});
     SliceConvArgs args{shape, reinterpret_cast<const void*>(call.bias),
                        reinterpret_cast<const void*>(call.residual), reinterpret_cast<void*>(call.out)};
 
+    const void* kernel = variant.kernels[dtype.element];
     FT_CHECK_CUDA(cudaFuncSetAttribute(
-        variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes));
     const dim3 grid(static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors));
     std::array<void*, 3> parameters{&x, &weight, &args};
-    FT_CHECK_CUDA(cudaLaunchKernel(variant.kernel, grid, dim3(kThreads), parameters.data(),
+    FT_CHECK_CUDA(cudaLaunchKernel(kernel, grid, dim3(kThreads), parameters.data(),
                                    static_cast<size_t>(variant.shared_bytes),
                                    reinterpret_cast<cudaStream_t>(call.stream)));
 }

@@ -38,7 +38,10 @@ struct SliceConvShape {
     int32_t frames_out, height, width, in_channels, out_channels, kernel_t;
 };
 
-// The kernel's parameters beside its two tensor maps.  bf16, NDHWC; `residual` may be null.
+// What the tensors hold.  Sums are fp32 for either.
+enum Element { kBf16, kFp16, kElements };
+
+// The kernel's parameters beside its two tensor maps.  NDHWC; `residual` may be null.
 struct SliceConvArgs {
     SliceConvShape shape;
     const void* bias;
@@ -98,14 +101,14 @@ constexpr FT_HOST_DEVICE int64_t tile_count(const SliceConvShape& shape, int n, 
 // A compiled tile, for the host side to choose from.
 struct SliceConvVariant {
     int n, spatial, rows, box_rows, shared_bytes;
-    const void* kernel;  // (CUtensorMap x, CUtensorMap weight, SliceConvArgs)
+    const void* kernels[kElements];  // (CUtensorMap x, CUtensorMap weight, SliceConvArgs)
 };
 constexpr int kVariants = 8;
 extern const SliceConvVariant kSliceConvVariants[kVariants];  // kernels/slice_conv.cu; preferred ones first
 
 template <class Tile>
-constexpr SliceConvVariant describe(const void* kernel) {
-    return {Tile::kN, Tile::kSpatial, Tile::kRows, Tile::kBoxRows, Tile::kSharedBytes, kernel};
+constexpr SliceConvVariant describe(const void* bf16, const void* fp16) {
+    return {Tile::kN, Tile::kSpatial, Tile::kRows, Tile::kBoxRows, Tile::kSharedBytes, {bf16, fp16}};
 }
 
 // A multiprocessor holds one block, so a variant takes its rounds of blocks times a tile's work.  A half

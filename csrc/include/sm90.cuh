@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace flashtalk {
 
@@ -105,38 +108,59 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
         "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]),      \
         "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
 
-// d [64, N] (+)= a [64, 16] b [N, 16]^T, bf16 in shared memory, fp32 in registers; asynchronous.
-// `accumulate` 0 ignores d's old values.  The trailing immediates: neither negated, both K-major.
+// `type`: the operands' type in PTX.  The trailing immediates: neither operand negated, both K-major.
+#define FT_MMA_96(type)                                                                    \
+    asm volatile(                                                                          \
+        "{\n.reg .pred p;\n"                                                               \
+        "setp.ne.b32 p, %50, 0;\n"                                                         \
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32." type "." type " {"                   \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"   \
+        "}, %48, %49, p, 1, 1, 0, 0;\n}"                                                   \
+        : FT_REGISTERS_16(d, 0), FT_REGISTERS_16(d, 16), FT_REGISTERS_16(d, 32)            \
+        : "l"(a), "l"(b), "r"(accumulate))
+
+#define FT_MMA_192(type)                                                                                 \
+    asm volatile(                                                                                        \
+        "{\n.reg .pred p;\n"                                                                             \
+        "setp.ne.b32 p, %98, 0;\n"                                                                       \
+        "wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {"                                \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "               \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "               \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "               \
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "               \
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"                 \
+        "}, %96, %97, p, 1, 1, 0, 0;\n}"                                                                 \
+        : FT_REGISTERS_16(d, 0), FT_REGISTERS_16(d, 16), FT_REGISTERS_16(d, 32), FT_REGISTERS_16(d, 48), \
+          FT_REGISTERS_16(d, 64), FT_REGISTERS_16(d, 80)                                                 \
+        : "l"(a), "l"(b), "r"(accumulate))
+
+// d [64, N] (+)= a [64, 16] b [N, 16]^T, `Operand` in shared memory, fp32 in registers; asynchronous.
+// `accumulate` 0 ignores d's old values.
+template <class Operand>
 __device__ __forceinline__ void mma(float (&d)[48], uint64_t a, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "setp.ne.b32 p, %50, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-        "}, %48, %49, p, 1, 1, 0, 0;\n}"
-        : FT_REGISTERS_16(d, 0), FT_REGISTERS_16(d, 16), FT_REGISTERS_16(d, 32)
-        : "l"(a), "l"(b), "r"(accumulate));
+    static_assert(std::is_same_v<Operand, __nv_bfloat16> || std::is_same_v<Operand, __half>);
+    if constexpr (std::is_same_v<Operand, __half>) {
+        FT_MMA_96("f16");
+    } else {
+        FT_MMA_96("bf16");
+    }
 }
 
+template <class Operand>
 __device__ __forceinline__ void mma(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "setp.ne.b32 p, %98, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-        "}, %96, %97, p, 1, 1, 0, 0;\n}"
-        : FT_REGISTERS_16(d, 0), FT_REGISTERS_16(d, 16), FT_REGISTERS_16(d, 32), FT_REGISTERS_16(d, 48),
-          FT_REGISTERS_16(d, 64), FT_REGISTERS_16(d, 80)
-        : "l"(a), "l"(b), "r"(accumulate));
+    static_assert(std::is_same_v<Operand, __nv_bfloat16> || std::is_same_v<Operand, __half>);
+    if constexpr (std::is_same_v<Operand, __half>) {
+        FT_MMA_192("f16");
+    } else {
+        FT_MMA_192("bf16");
+    }
 }
 
+#undef FT_MMA_192
+#undef FT_MMA_96
 #undef FT_REGISTERS_16
 
 }  // namespace flashtalk

@@ -5,6 +5,9 @@
 // arrives finished (normalised, activated, its past frames in front): it goes from TMA straight into
 // swizzled shared memory, where no thread could touch it without a round trip through registers.
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "include/slice_conv.h"
 #include "include/sm90.cuh"
@@ -64,17 +67,30 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int lane) {
     }
 }
 
+// Two neighbouring elements in a word, the first in its low half.
+template <class Element>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000)};
+    if constexpr (std::is_same_v<Element, __half>) {
+        return {__half2float(__ushort_as_half(static_cast<uint16_t>(pair))),
+                __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16)))};
+    } else {
+        return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000)};
+    }
 }
 
+template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16 | __bfloat16_as_ushort(pair.x);
+    if constexpr (std::is_same_v<Element, __half>) {
+        const __half2 pair = __floats2half2_rn(low, high);
+        return static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16 | __half_as_ushort(pair.x);
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16 | __bfloat16_as_ushort(pair.x);
+    }
 }
 
 // out = accumulators + bias (+ residual), added in fp32 and rounded once; pixels outside are not written.
-template <class Tile, bool kResidual>
+template <class Tile, class Element, bool kResidual>
 __device__ __forceinline__ void write_tile(
     const float (&sums)[Tile::kM64][Tile::kN / 2], const SliceConvArgs& args, const TileOrigin& origin, int group) {
     const int lane = threadIdx.x % 32;
@@ -116,9 +132,9 @@ __device__ __forceinline__ void write_tile(
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float* sum = &sums[m][(first / 8 + i) * 4 + half * 2];
-                    const float2 shift = unpack(shifts[i]);
-                    const float2 added = unpack(words[half][i]);
-                    words[half][i] = pack(sum[0] + shift.x + added.x, sum[1] + shift.y + added.y);
+                    const float2 shift = unpack<Element>(shifts[i]);
+                    const float2 added = unpack<Element>(words[half][i]);
+                    words[half][i] = pack<Element>(sum[0] + shift.x + added.x, sum[1] + shift.y + added.y);
                 }
                 transpose_quad(words[half], lane);
                 if (inside[half]) {
@@ -130,7 +146,7 @@ __device__ __forceinline__ void write_tile(
     }
 }
 
-template <class Tile>
+template <class Tile, class Element>
 __device__ __forceinline__ void consume(const Stages<Tile>& stages, const SliceConvArgs& args, int group) {
     const SliceConvShape& shape = args.shape;
     const int tiles = static_cast<int>(tile_count(shape, Tile::kN, Tile::kRows));
@@ -154,7 +170,7 @@ __device__ __forceinline__ void consume(const Stages<Tile>& stages, const SliceC
 #pragma unroll
                     for (int m = 0; m < Tile::kM64; ++m) {
                         const uint64_t a = advance(start, input_offset(Tile::kM64, group, m, dy, k));
-                        mma(sums[m], a, b, dy == 0 && k == 0 ? step : 1);
+                        mma<Element>(sums[m], a, b, dy == 0 && k == 0 ? step : 1);
                     }
                 }
             }
@@ -169,14 +185,14 @@ __device__ __forceinline__ void consume(const Stages<Tile>& stages, const SliceC
         if (signals) barrier_arrive(previous);
         const TileOrigin origin = tile_origin(shape, Tile::kN, Tile::kRows, tile);
         if (args.residual != nullptr) {
-            write_tile<Tile, true>(sums, args, origin, group);
+            write_tile<Tile, Element, true>(sums, args, origin, group);
         } else {
-            write_tile<Tile, false>(sums, args, origin, group);
+            write_tile<Tile, Element, false>(sums, args, origin, group);
         }
     }
 }
 
-template <class Tile>
+template <class Tile, class Element>
 __global__ void __launch_bounds__(kThreads, 1) slice_conv_kernel(
     const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
     const __grid_constant__ SliceConvArgs args) {
@@ -196,14 +212,15 @@ __global__ void __launch_bounds__(kThreads, 1) slice_conv_kernel(
         if (threadIdx.x == 0) produce<Tile>(stages, x, weight, args.shape);
     } else {
         take_registers<kConsumerRegisters>();
-        consume<Tile>(stages, args, __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1);
+        consume<Tile, Element>(stages, args, __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1);
     }
 }
 
 template <int kN, int kM64, int kSpatial>
 SliceConvVariant variant() {
     using Tile = SliceConvTile<kN, kM64, kSpatial>;
-    return describe<Tile>(reinterpret_cast<const void*>(&slice_conv_kernel<Tile>));
+    return describe<Tile>(reinterpret_cast<const void*>(&slice_conv_kernel<Tile, __nv_bfloat16>),
+                          reinterpret_cast<const void*>(&slice_conv_kernel<Tile, __half>));
 }
 
 }  // namespace

@@ -49,25 +49,39 @@ class RMSNorm(nn.Module):
 
 
 class Conv3d(nn.Conv3d):
-    """The parameters of `nn.Conv3d`, computed by `ops.conv3d`."""
+    """The parameters of `nn.Conv3d`, computed by `ops.conv3d`, or `ops.slice_conv` where that is faster."""
 
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv3d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        y = self._sliced(x)
+        if y is None:
+            y = ops.conv3d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        return y
 
     def deferring_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The convolution, and its bias if whoever reads it shall add it.
 
-        torch adds the bias of cuDNN's convolutions in a pass of its own; oneDNN adds it for nothing.
+        torch adds the bias of cuDNN's convolutions in a pass of its own; oneDNN and `ops.slice_conv` add it
+        for nothing.
         """
         if not x.is_cuda:
             return self(x), None
-        if ops.slice_conv_wins(x, self.weight):  # its epilogue adds the bias
-            ndhwc = ops.slice_conv(x[0].permute(1, 2, 3, 0), self.weight.permute(0, 2, 3, 4, 1), self.bias)
-            return ndhwc.permute(3, 0, 1, 2)[None], None
+        y = self._sliced(x)
+        if y is not None:
+            return y, None
         y = ops.conv3d(x, self.weight, None, self.stride, self.padding)  # type: ignore[arg-type]
         return y, self.bias.to(y.dtype)  # under autocast the parameters are wider
+
+    def _sliced(self, x: Tensor) -> Tensor | None:
+        """With bias, where `ops.slice_conv` is the faster one."""
+        side = self.kernel_size[2] // 2
+        if self.stride != (1, 1, 1) or self.padding != (0, side, side):
+            return None
+        if not ops.slice_conv_wins(x, self.weight):
+            return None
+        y = ops.slice_conv(x[0].permute(1, 2, 3, 0), self.weight.permute(0, 2, 3, 4, 1), self.bias)
+        return y.permute(3, 0, 1, 2)[None]
 
 
 class CausalConv3d(Conv3d):

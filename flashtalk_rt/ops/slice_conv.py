@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import shutil
 from types import ModuleType
 
@@ -17,10 +18,30 @@ from .conv3d import conv3d
 
 IN_MULTIPLE, OUT_MULTIPLE = 32, 96  # of channels: what the CUDA kernel takes
 
-# (in channels, out channels, kernel frames, kernel side, height, width) that the CUDA kernel was measured
-# to serve faster than cuDNN.  Nothing was measured yet, so cuDNN serves all; `backend="cuda"` asks for it.
-# `modules.vae_layers` takes the kernel for the sizes listed here (`slice_conv_wins`).
-MEASURED_FASTER: frozenset[tuple[int, int, int, int, int, int]] = frozenset()
+# Where the CUDA kernel was measured faster than cuDNN: (in channels, out channels, kernel frames, its side)
+# -> fewest and most output pixels, frames x height x width.  On an H100 80GB, torch 2.11, cuDNN 9.19, at the
+# levels of the published VAE's 768 x 448; ms of cuDNN (the faster of bfloat16 and float16, without the bias
+# that ours adds) and of ours in bfloat16, whose float16 form differs in its conversions alone:
+#    96 ->  96  3x3x3  768 x 448   1 frame   .670  .257     4 frames  2.640  .890
+#    96 -> 192  3x3x3  384 x 224   1 frame   .175  .129     4 frames   .643  .452
+#   192 -> 192  3x3x3  384 x 224   1 frame   .322  .240     4 frames  1.178  .866
+#   192 -> 384  3x3x3  192 x 112   1 frame   .169  .126     2 frames   .327  .239
+#   384 -> 384  3x3x3  192 x 112   1 frame   .324  .237     2 frames   .616  .457
+#   384 -> 384  3x3x3   96 x 56    1 frame   .106  .080
+#   384 -> 768  3x1x1   96 x 56    1 frame   .029  .026, but on 2 frames of 192 x 112  .115  .128
+# The gain of 3x3x3 kernels does not shrink as the pixels grow, so no most bounds them.  With 1x1x1 kernels
+# ours took 3 to 15 % longer.
+MEASURED_FASTER: dict[tuple[int, int, int, int], tuple[int, float]] = {
+    (96, 96, 3, 3): (768 * 448, math.inf),
+    (96, 192, 3, 3): (384 * 224, math.inf),
+    (192, 192, 3, 3): (384 * 224, math.inf),
+    (192, 384, 3, 3): (192 * 112, math.inf),
+    (384, 384, 3, 3): (96 * 56, math.inf),
+    (384, 768, 3, 1): (96 * 56, 96 * 56),
+}
+# Of the fewest measured, a share that counts as measured: 720 x 416, the other published size, has .87 of the
+# pixels of 768 x 448.  Below it cuDNN serves.
+NEARLY = 3 / 4
 
 
 @functools.cache
@@ -42,8 +63,8 @@ def _cuda(situation: Situation) -> str | None:
         return f"needs a CUDA device, this is {situation.device_type}"
     if situation.capability != (9, 0):
         return f"needs sm_90, this is {situation.capability}"
-    if situation.dtype != torch.bfloat16:
-        return f"needs bfloat16, this is {situation.dtype}"
+    if situation.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, this is {situation.dtype}"
     if situation.grad:
         return "has no gradient"
     found = extension()
@@ -51,15 +72,19 @@ def _cuda(situation: Situation) -> str | None:
 
 
 def slice_conv_wins(x: Tensor, weight: Tensor) -> bool:
-    """Whether the CUDA kernel was measured to be the faster one for this call, and can serve it.
+    """Whether the CUDA kernel is the faster one for this call by `MEASURED_FASTER`, and can serve it.
 
-    x [1, C, T, H, W] and weight [O, C, kt, k, k], as `conv3d` takes them.
+    x [1, C, T, H, W] and weight [O, C, kt, k, k], as `conv3d` takes them.  Never inside `plain_backends`.
     """
-    size = (weight.shape[1], weight.shape[0], weight.shape[2], weight.shape[4], *x.shape[3:])
-    if x.shape[0] != 1 or size not in MEASURED_FASTER:
+    out_channels, in_channels, kernel_t, _, side = weight.shape
+    batch, _, frames, height, width = x.shape
+    fewest, most = MEASURED_FASTER.get((in_channels, out_channels, kernel_t, side), (math.inf, 0))
+    pixels = (frames - kernel_t + 1) * height * width
+    # Under autocast the weights are wider.
+    if batch != 1 or x.dtype != weight.dtype or not NEARLY * fewest <= pixels <= most:
         return False
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _cuda(Situation.of(x.device, x.dtype, grad=grad)) is None
+    return backend_for(SPEC, x.device, x.dtype, grad=grad) == "cuda"
 
 
 @torch.library.custom_op("flashtalk_rt::slice_conv", mutates_args=(), device_types="cuda")
@@ -84,6 +109,7 @@ def _kernel(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) ->
             out_channels=out_channels,
             kernel_t=kernel_t,
             spatial=spatial,
+            dtype=str(x.dtype).removeprefix("torch."),
             device=x.device.index,
             stream=torch.cuda.current_stream().cuda_stream,
         )
@@ -108,6 +134,8 @@ def slice_conv(
     The normalisation and activation before a convolution belong to the kernel that writes x: the CUDA
     kernel's operands go from memory to the tensor cores without passing through a thread.
 
+    `backend` None: "cuda" where `slice_conv_wins`, else "torch".
+
     InputError: shapes or dtypes that do not fit, or, with `backend="cuda"`, C no multiple of 32, O no
     multiple of 96, or a machine that cannot (the reason is in the text).
     """
@@ -115,8 +143,8 @@ def slice_conv(
     out_channels, in_channels = weight.shape[0], weight.shape[4]
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if backend is None and slice_conv_wins(x.permute(3, 0, 1, 2)[None], weight.permute(0, 4, 1, 2, 3)):
-        backend = "cuda"
+    if backend is None and not slice_conv_wins(x.permute(3, 0, 1, 2)[None], weight.permute(0, 4, 1, 2, 3)):
+        backend = "torch"
     if backend_for(SPEC, x.device, x.dtype, grad=grad, wanted=backend) == "cuda":
         if in_channels % IN_MULTIPLE or out_channels % OUT_MULTIPLE:
             raise InputError(
@@ -200,7 +228,7 @@ def _case(
 
 SPEC = OpSpec(
     "slice_conv",
-    (TORCH, Backend("cuda", _cuda)),  # in this order until something is measured
+    (Backend("cuda", _cuda), TORCH),  # in this order for the sizes of `MEASURED_FASTER`
     function=slice_conv,
     reference=_explicit,
     eager=_through_torch,
