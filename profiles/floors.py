@@ -22,6 +22,7 @@ FP8 = torch.float8_e4m3fn
 COPY_BYTES = 1 << 30
 _FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Convolve = Callable[[Tensor, Tensor], Tensor]
 
 
 def floor_ms(
@@ -30,12 +31,13 @@ def floor_ms(
     dtype: torch.dtype,
     gemm_dtype: torch.dtype,
     repeats: int,
-    others: Sequence[Attend] = (),
+    attends: Sequence[Attend] = (),
+    convolves: Sequence[Convolve] = (),
 ) -> float:
     """The sum of the medians of all items, equal ones timed once.
 
     dtype: of attentions and convolutions; gemm_dtype: of products, float8_e4m3fn for rowwise scaled ones;
-    others: see `attention_ms`.
+    attends, convolves: functions that compete with the libraries' (`attention_ms`, `convolution_ms`).
     """
     total_ms = 0.0
     for item, count in Counter(work).items():
@@ -43,9 +45,9 @@ def floor_ms(
             case Gemm():
                 one_ms = gemm_ms(item, device, gemm_dtype, repeats)
             case Attention():
-                one_ms = attention_ms(item, device, dtype, repeats, others)
+                one_ms = attention_ms(item, device, dtype, repeats, attends)
             case Convolution():
-                one_ms = convolution_ms(item, device, dtype, repeats)
+                one_ms = convolution_ms(item, device, dtype, repeats, convolves)
         total_ms += count * one_ms
     return total_ms
 
@@ -120,8 +122,18 @@ def _sdpa(backend: SDPBackend) -> Attend:
     return attend
 
 
-def convolution_ms(convolution: Convolution, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
-    """One convolution without bias, channels-last, its temporal context already in the input."""
+def convolution_ms(
+    convolution: Convolution,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    others: Sequence[Convolve] = (),
+) -> float:
+    """One convolution without bias, channels-last, its temporal context already in the input: by torch, or by
+    the fastest of `others` that take it.
+
+    Those are functions of x [1, C, T, H, W] and weight [O, C, kt, k, k] that pad the picture to keep its size.
+    """
     c = convolution
     frames = (c.frames - 1) * c.stride[0] + c.kernel[0]
     # A kernel of 2 has one pixel of padding in all, on whichever side.
@@ -142,7 +154,20 @@ def convolution_ms(convolution: Convolution, device: torch.device, dtype: torch.
         return F.conv3d(x, weight, None, c.stride, padding)
 
     size_bytes = c.in_dim * frames * height * width * dtype.itemsize
-    return measure(convolve, device, rotation(make, size_bytes, device), repeats).median_ms
+    inputs = rotation(make, size_bytes, device)
+    times_ms = [measure(convolve, device, inputs, repeats).median_ms]
+    keeps_size = set(c.stride) == {1} and c.kernel[1] % 2 == 1
+    for other in others if keeps_size else ():
+
+        def compete(x: Tensor, other: Convolve = other) -> Tensor:
+            return other(x, weight)
+
+        try:
+            compete(*inputs[0])
+        except FlashTalkError:
+            continue  # it does not take the shape, the dtype or the device
+        times_ms.append(measure(compete, device, inputs, repeats).median_ms)
+    return min(times_ms)
 
 
 def copy_bytes_per_s(device: torch.device, repeats: int, size_bytes: int = COPY_BYTES) -> float:

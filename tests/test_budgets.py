@@ -13,7 +13,7 @@ import torch
 
 from flashtalk_rt import ops
 from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
-from flashtalk_rt.errors import InputError, OutputError
+from flashtalk_rt.errors import FlashTalkError, InputError, OutputError
 from flashtalk_rt.profiles import budgets as budgets_module
 from flashtalk_rt.profiles import floors, record, timing, work
 from flashtalk_rt.profiles.budgets import Budget, BudgetError, Budgets, load_budgets
@@ -326,3 +326,25 @@ def test_floors_sum_over_what_is_counted() -> None:
     assert 0 < once < many
     assert floors.floor_ms([items[0]], CPU, torch.float32, floors.FP8, repeats=1) > 0
     assert floors.copy_bytes_per_s(CPU, 2, 1 << 16) > 0
+
+
+def test_a_floor_is_the_fastest_convolution_there_is() -> None:
+    called = []
+
+    def refuses(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        called.append(tuple(x.shape[1:]))
+        raise FlashTalkError("it cannot")
+
+    def instant(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x
+
+    item = work.Convolution(16, 16, (3, 3, 3), 4, 64, 64)
+    plain = floors.convolution_ms(item, CPU, torch.float32, 3, (refuses,))
+    assert called == [(16, 6, 64, 64)], "the temporal context is in the input"
+    assert floors.convolution_ms(item, CPU, torch.float32, 3, (refuses, instant)) < plain / 2
+    for other in (
+        work.Convolution(4, 4, (1, 3, 3), 1, 8, 8, stride=(1, 2, 2)),
+        work.Convolution(4, 4, (1, 2, 2), 1, 8, 8),
+    ):
+        floors.convolution_ms(other, CPU, torch.float32, 1, (refuses,))
+    assert len(called) == 2, "a picture that changes its size is not for them"

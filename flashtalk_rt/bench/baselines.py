@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..config import DiTConfig, Precision, StreamConfig
@@ -15,7 +16,7 @@ from ..modules.model import Model
 from ..ops._dispatch import Case, OpSpec
 from ..profiles import floors, work
 from ..profiles.timing import Timing, measure, rotation
-from ..runtime.engine import DTYPES
+from ..runtime.engine import DTYPES, vae_dtype
 from .plain import plain_timings
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ def measure_floors(
 
     A step: its linear layers and self-attentions; where the audio's projections are absorbed, the four
     products of that form in their place, which stay in bfloat16 under fp8, as all of the audio's do.  The
-    VAE: its convolutions, upsampling folded.  Colour: the bytes it moves at `copy_rate`.
+    VAE: its convolutions in the dtype it runs in, upsampling folded.  Colour: its bytes at `copy_rate`.
     """
     device, config, dtype = model.device, model.dit.config, DTYPES[precision]
 
@@ -88,6 +89,12 @@ def measure_floors(
 
     audio = work.dit_audio_linears(config, stream, audio_form(config, stream, device))
     decode = work.vae_decode(model.vae.config, stream, folded=True)
+
+    def convolutions_ms(items: list[work.Work]) -> float:
+        chosen = [item for item in items if isinstance(item, work.Convolution)]
+        rounded = vae_dtype(precision, device)
+        return floors.floor_ms(chosen, device, rounded, rounded, repeats, convolves=(slice_convolve,))
+
     return {
         "dit_step_ms": floor_ms(
             work.dit_main_linears(config, stream), floors.FP8 if precision == "fp8" else dtype
@@ -95,8 +102,8 @@ def measure_floors(
         + floor_ms(audio)
         # The fastest attention there is, be it the op's own backend.
         + floor_ms(work.dit_self_attention(config, stream), attends=(ops.chunk_attention,)),
-        "vae_decode_ms": floor_ms(convolutions(decode)),
-        "vae_encode_ms": floor_ms(convolutions(work.vae_encode(model.vae.config, stream))),
+        "vae_decode_ms": convolutions_ms(decode),
+        "vae_encode_ms": convolutions_ms(work.vae_encode(model.vae.config, stream)),
         "color_ms": 1e3 * work.color_bytes(stream) / copy_rate,
     }
 
@@ -112,8 +119,10 @@ def audio_form(config: DiTConfig, stream: StreamConfig, device: torch.device) ->
     )
 
 
-def convolutions(items: list[work.Work]) -> list[work.Work]:
-    return [item for item in items if isinstance(item, work.Convolution)]
+def slice_convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """Our own CUDA convolution, as `floors.convolution_ms` calls it."""
+    frames, taps = x[0].permute(1, 2, 3, 0), weight.permute(0, 2, 3, 4, 1)
+    return ops.slice_conv(frames, taps, weight.new_zeros(len(weight)), backend="cuda")
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def fp8_quality(model: Model, chunks: int = 2) -> dict[str, Any]:
     frames, steps, streams = {}, {}, {}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in QUANTISED}
     for precision in ("bf16", "fp8"):
-        engine = Engine(model, precision=precision, capture=False)  # type: ignore[arg-type]
+        engine = Engine(model, precision=precision, capture=False)
         step = inputs.step(model.dit)
         with watched(model.dit, rows if precision == "bf16" else None) as streams[precision]:
             steps[precision] = step().float()
