@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +30,8 @@ from flashtalk_rt.ops.chunk_attention import FLASH, MEASURED_TFLOPS, SPEC
 module = sys.modules["flashtalk_rt.ops.chunk_attention"]
 
 H100 = Situation("cuda", torch.bfloat16, 128, capability=(9, 0), cudnn_version=91002)
+CSRC = Path(__file__).parents[1] / "csrc"
+TILE_KEYS = [176, 192, 128]  # of the CUDA kernel's variants
 SHARED_LIMIT_BYTES = 227 * 1024  # of an sm_90 block
 # The interpreter's own: NaN arithmetic, and numpy's deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
@@ -302,7 +308,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def test_the_order_is_the_measured_one() -> None:
     order = [backend.name for backend in SPEC.backends]
-    assert order == ["fa4", "cudnn", "fa2", "fa3", "triton", "sdpa"]
+    assert order == ["fa4", "cudnn", "fa2", "fa3", "triton", "cuda", "sdpa"]
     for speed in MEASURED_TFLOPS.values():  # at every measured shape
         assert sorted(speed, key=lambda name: -speed[name]) == order[: len(speed)]
 
@@ -345,6 +351,39 @@ def test_triton_serves_float32_and_sdpa_the_rest(installed: set[str]) -> None:
     assert wide.backend == "sdpa"
     assert wide.refused["triton"] == "needs a head dimension of 128 or less, this is 256"
     assert choose(SPEC, Situation("cpu", torch.bfloat16, 128)).backend == "sdpa"
+
+
+def test_the_cuda_kernel_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "extension", lambda: types.ModuleType("flashtalk_rt._C"))
+    assert module._cuda(H100) is None
+    for change, reason in (
+        ({"device_type": "cpu"}, "needs a CUDA device, this is cpu"),
+        ({"capability": (10, 0)}, "needs sm_90, this is (10, 0)"),
+        ({"dtype": torch.float16}, "needs bfloat16, this is torch.float16"),
+        ({"head_dim": 64}, "needs a head dimension of 128, this is 64"),
+        ({"key_mask": True}, "takes no bias and no length of the keys"),
+        ({"grad": True}, "has no gradient"),
+    ):
+        assert module._cuda(dataclasses.replace(H100, **change)) == reason
+    monkeypatch.setattr(module, "extension", lambda: "flashtalk_rt._C is not built")
+    assert module._cuda(H100) == "flashtalk_rt._C is not built"
+
+
+def test_a_result_that_must_be_differentiable_is_asked_for_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def backend_for(*arguments: Any) -> str:
+        found.append(arguments[4])
+        return "sdpa"
+
+    monkeypatch.setattr(module, "backend_for", backend_for)
+    inputs = qkv(4)
+    ops.chunk_attention(*inputs)
+    inputs[1].requires_grad_()
+    ops.chunk_attention(*inputs)
+    with torch.no_grad():
+        ops.chunk_attention(*inputs)
+    assert found == [False, True, False]
 
 
 def test_a_refused_backend_says_why() -> None:
@@ -390,6 +429,75 @@ def test_flash_attention_sees_each_chunk_and_the_keys_up_to_its_end(
     assert calls == [(4, 4), (4, 8), (2, 10)]
 
 
+# --- the CUDA kernel, where it cannot run --------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: the model of the kernel is not run")
+def test_the_model_of_the_hardware_gives_the_plain_sum(tmp_path: Path) -> None:
+    """TMA boxes with zero fill, swizzle, descriptors, fragments, the pipeline and the turns."""
+    source, program = CSRC / "tests" / "chunk_attention_model.cpp", tmp_path / "model"
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+    subprocess.run(["c++", *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("of shared memory") == len(TILE_KEYS)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH: csrc is not compiled here")
+def test_the_softmax_falls_between_the_products(tmp_path: Path) -> None:
+    """In machine code: next scores and last sums are asked for, then the exponentials, then a wait."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        pytest.skip("triton, whose wheel holds cuobjdump, is not installed")
+    kernel = tmp_path / "kernel.cubin"
+    flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Werror=all-warnings"]
+    source = CSRC / "kernels" / "chunk_attention.cu"
+    subprocess.run(
+        ["nvcc", *flags, "-Xptxas=-warn-spills", f"-I{CSRC}", "-cubin", "-o", kernel, source], check=True
+    )
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    dump = subprocess.run([tool, "-sass", kernel], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in dump.split("Function : ")[1:]:
+        keys = int(re.findall(r"TileILi(\d+)E", part)[0])
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", part, re.MULTILINE)
+        found[keys] = code
+
+        def at(pattern: str, code: list[str] = code) -> list[int]:
+            return [i for i, line in enumerate(code) if re.search(pattern, line)]
+
+        assert at(r"\b(LDL|STL)\b") == [], "local memory"
+        scores, sums = at(rf"HGMMA\.64x{keys}x16(?!.*tnspB)"), at(r"HGMMA\.64x128x16.*tnspB")
+        assert len(scores) == 2 * 128 // 16 and len(sums) == 2 * keys // 16, "of the first or last, of a step"
+        assert len(at("HGMMA")) == len(scores) + len(sums)
+        (both,) = at(r"DEPBAR\.LE gsb0, 0x1")
+        end = next(i for i in at(r"DEPBAR\.LE gsb0, 0x0") if i > both)
+        assert scores[-1] < sums[0] and sums[keys // 16 - 1] < both
+        weights = [i for i in at(r"MUFU\.EX2") if both < i < end]
+        assert len(weights) == keys // 2 + 2, "a thread's weights, and by what two rows fade"
+        # What follows the release of registers belongs to the loading warp, which kept 24.
+        start = at(r"USETMAXREG\.DEALLOC")[0]
+        assert "0x18" in code[start]
+        assert max(int(r) for line in code[start:] for r in re.findall(r"\bR(\d+)\b", line)) < 24
+    assert sorted(found) == sorted(TILE_KEYS)
+
+
+@pytest.mark.parametrize("layout", ["a slice", "heads in front", "columns in front", "unaligned", "one head"])
+def test_what_the_copy_engine_takes_is_not_copied(layout: str) -> None:
+    fused = torch.zeros(2, 5, 3, 2, 128)
+    x = {
+        "a slice": fused[:, :, 2],
+        "heads in front": torch.zeros(2, 2, 5, 128).transpose(1, 2),
+        "columns in front": torch.zeros(2, 5, 128, 2).transpose(2, 3),
+        "unaligned": torch.zeros(2 * 5 * 2 * 128 + 1)[1:].view(2, 5, 2, 128),
+        "one head": torch.zeros(2, 5, 1, 128).as_strided((2, 5, 1, 128), (640, 128, 3, 1)),
+    }[layout]
+    taken = module._copyable(x)
+    assert (taken is x) == (layout in ("a slice", "heads in front", "one head"))
+    assert torch.equal(taken, x) and taken.data_ptr() % 16 == 0 and taken.stride(-1) == 1
+
+
 # --- on a GPU --------------------------------------------------------------------------------------
 
 
@@ -419,3 +527,118 @@ def test_triton_errs_at_most_twice_as_much_as_eager_at_full_size(
     eager = run(module._eager, torch.bfloat16)
     for ours, low, right in zip(run(attend, torch.bfloat16), eager, exact, strict=True):
         assert (ours - right).abs().max() <= 2 * (low - right).abs().max() + 1e-5
+
+
+@pytest.fixture
+def kernel() -> Callable[..., Tensor]:
+    """The CUDA kernel with a number of keys a tile; without one, through the op.  Empty memory is NaN."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is sm_90's")
+    if isinstance(found := module.extension(), str):
+        pytest.skip(found)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, tile_keys: int | None = None, **options: Any) -> Tensor:
+        if tile_keys is None:
+            return ops.chunk_attention(q, k, v, backend="cuda", **options)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        out: Tensor = module._launch(q, k, v, tile_keys)
+        torch.use_deterministic_algorithms(False)
+        return out
+
+    return run
+
+
+def on_gpu(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def close(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Within twice the error of bfloat16 eager."""
+    exact = reference.attend(q.float(), k.float(), v.float())
+    eager = (module._eager(q, k, v).float() - exact).abs().max()
+    assert bool(out.isfinite().all())
+    assert (out.float() - exact).abs().max() <= 2 * eager + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile_keys", TILE_KEYS)
+# One tile and several, whole and ragged, of queries and of keys; more tiles than a GPU has multiprocessors.
+@pytest.mark.parametrize(
+    ("batch", "length", "keys", "heads"),
+    [
+        (1, 128, 128, 1), (1, 1, 1, 1), (1, 64, 176, 1), (1, 129, 177, 2), (2, 300, 385, 3),
+        (1, 257, 1000, 2), (3, 700, 193, 40), (1, 3000, 3000, 12),
+    ],
+)  # fmt: skip
+def test_every_tile_of_the_cuda_kernel(
+    kernel: Callable[..., Tensor], tile_keys: int, batch: int, length: int, keys: int, heads: int
+) -> None:
+    q = on_gpu(batch, length, heads, 128)
+    k, v = (on_gpu(batch, keys, heads, 128, seed=i) for i in (1, 2))
+    out = kernel(q, k, v, tile_keys)
+    close(out, q, k, v)
+    assert torch.equal(out, kernel(q, k, v, tile_keys)), "the same call gives the same bits"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile_keys", TILE_KEYS)
+def test_the_cuda_kernel_at_full_size_on_slices_of_one_projection(
+    kernel: Callable[..., Tensor], tile_keys: int
+) -> None:
+    # The scores of some rows are large, so that their largest changes late.
+    q, k, v = on_gpu(1, 12096, 3, 5, 128).unbind(2)
+    q = q * torch.linspace(0.1, 4, 12096, device="cuda", dtype=q.dtype)[:, None, None]
+    out = kernel(q, k, v, tile_keys)
+    assert bool(out.isfinite().all())
+    rows = torch.cat((torch.arange(0, 12096, 61), torch.arange(12000, 12096))).cuda()
+    close(out[:, rows], q[:, rows], k, v)
+    assert torch.equal(out, kernel(q, k, v, tile_keys))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [70, 300])
+def test_the_cuda_kernel_sees_each_chunk_and_the_keys_up_to_its_end(
+    kernel: Callable[..., Tensor], chunk: int
+) -> None:
+    q, k, v = (on_gpu(1, 500, 2, 128, seed=i) for i in range(3))
+    k[:, chunk:], v[:, chunk:] = torch.nan, torch.nan
+    out = kernel(q, k, v, chunk_tokens=chunk)
+    close(out[:, :chunk], q[:, :chunk], k[:, :chunk], v[:, :chunk])
+    assert out[:, chunk:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile_keys", TILE_KEYS)
+def test_the_cuda_kernel_writes_its_output_and_nothing_else(
+    kernel: Callable[..., Tensor], tile_keys: int
+) -> None:
+    q, k, v = (on_gpu(2, 201, 3, 128, seed=i) for i in range(3))
+    expected = kernel(q, k, v, tile_keys)
+    around = torch.full((3, *expected.shape), 7.0, dtype=torch.bfloat16, device="cuda")
+    stride = dict.fromkeys(("q_strides", "k_strides", "v_strides"), q.stride()[:3])
+    module.extension().chunk_attention(
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=around[1].data_ptr(), **stride,
+        batch=2, length=201, keys=201, heads=3, tile_keys=tile_keys, device=torch.cuda.current_device(),
+        stream=torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+    assert torch.equal(around[1], expected)
+    assert bool((around[::2] == 7).all())
+
+
+@pytest.mark.gpu
+def test_the_cuda_kernel_is_a_torch_op_and_replays_in_a_graph(kernel: Callable[..., Tensor]) -> None:
+    q, k, v = (on_gpu(1, 150, 2, 128, seed=i) for i in range(3))
+    torch.library.opcheck(
+        torch.ops.flashtalk_rt.chunk_attention_cuda, (q, k, v), test_utils=("test_schema", "test_faketensor")
+    )
+    expected = kernel(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernel(q, k, v)
+    for _ in range(2):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
+    with pytest.raises(InputError, match="has no gradient"):
+        kernel(q.requires_grad_(), k, v)

@@ -142,6 +142,33 @@ def test_the_extension_names_what_it_does_not_take(built: Path) -> None:
             module.slice_conv(**call)
 
 
+@needs_nvcc
+@pytest.mark.timeout(600)
+def test_attention_names_what_it_does_not_take(built: Path) -> None:
+    module = load(built)
+    call = {
+        **dict.fromkeys(("q", "k", "v", "out"), 1024), "device": 0, "stream": 0,
+        **dict.fromkeys(("q_strides", "k_strides", "v_strides"), (3 * 256, 256, 128)),
+        "batch": 2, "length": 3, "keys": 3, "heads": 2,
+    }  # fmt: skip
+    for change, message in (
+        ({"keys": 0}, "keys is 0; it must be 1 or more"),
+        ({"v": 8}, "v is not aligned to 16 bytes"),
+        ({"out": 0}, "out is null"),
+        ({"k_strides": (3 * 256, 0, 128)}, "stride 0 of k is no positive multiple of 8"),
+        ({"q_strides": (3 * 260, 260, 130)}, "stride 780 of q is no positive multiple of 8"),
+        ({"length": (1 << 31) - 1}, "too many rows"),
+        ({"length": 1 << 29, "heads": 1 << 16}, "too many queries"),
+        ({"tile_keys": 64}, "there is no tile of 64 keys"),
+    ):
+        if torch.cuda.is_available() or message != "too many queries":  # that depends on the device
+            with pytest.raises(ValueError, match=message):
+                module.chunk_attention(**{**call, **change})
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"cudaSetDevice\(call.device\) returned \d+ \(cudaError"):
+            module.chunk_attention(**{**call, "batch": 1, "q_strides": (1, 256, 128)})
+
+
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler: the model of the kernel is not run")
 def test_the_model_of_the_hardware_gives_the_plain_sum(tmp_path: Path) -> None:
     """TMA boxes with zero fill, swizzle, descriptors, fragments, the epilogue's exchange, the pipeline."""

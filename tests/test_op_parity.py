@@ -36,11 +36,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def serves(spec: OpSpec, backend: str, device: str, dtype: torch.dtype, inputs: dict[str, Any]) -> str | None:
+def serves(
+    spec: OpSpec, backend: str, device: str, dtype: torch.dtype, inputs: dict[str, Any], grad: bool = False
+) -> str | None:
     """None if it does; else the reason why not.  Triton does on a CPU, where it is interpreted."""
     head_dim = inputs["q"].shape[-1] if isinstance(inputs.get("q"), Tensor) else None
     masked = inputs.get("key_bias") is not None or isinstance(inputs.get("key_length"), Tensor)
-    situation = Situation.of(torch.device(device), dtype, head_dim, key_mask=masked)
+    situation = Situation.of(torch.device(device), dtype, head_dim, grad, masked)
     if backend == "triton" and interpreted(situation):
         return None
     return next(b for b in spec.backends if b.name == backend).supports(situation)
@@ -142,6 +144,10 @@ def test_a_backend_errs_at_most_twice_as_much_as_eager(
             check("output", found, low_exact, exact, floor)
     if spec.gradients and not quantized:
         wanted = tuple(n for n in spec.gradients if inputs[n] is not None)
+        if serves(spec, backend, device, dtype, inputs, grad=True) is not None:
+            with pytest.raises(InputError, match="has no gradient"):
+                gradients(lambda **k: spec.function(**k, backend=backend), inputs, wanted, 1)
+            return
         check(
             "gradient",
             gradients(lambda **k: spec.function(**k, backend=backend), inputs, wanted, 1),

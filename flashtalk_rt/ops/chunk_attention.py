@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import InputError
 from . import reference
 from ._dispatch import TRITON, Backend, Case, OpSpec, Situation, backend_for
+from .slice_conv import extension
 
 MAX_HEAD_DIM = 128  # of every backend but sdpa
+CUDA_HEAD_DIM = 128  # the one that the CUDA kernel is written for
 
 # TFLOP/s of the unmasked bfloat16 forward pass by number of heads, at 12,096 tokens and head dimension 128,
 # on one H100 80GB with torch 2.11, CUDA 13 and flash-attn-4 4.0.0b36 (shared/design/performance.md).  It
-# lacks FlashAttention-3 and our Triton kernels: they were not measured.
+# lacks FlashAttention-3, our CUDA kernel and our Triton kernels: they were not measured.
 MEASURED_TFLOPS = {
     40: {"fa4": 704, "cudnn": 610, "fa2": 366},
     5: {"fa4": 557, "cudnn": 549, "fa2": 312},
@@ -101,12 +104,31 @@ def _triton(situation: Situation) -> str | None:
     return reason
 
 
+def _cuda(situation: Situation) -> str | None:
+    reason = _half_precision(situation)
+    if reason is not None:
+        return reason
+    if situation.capability != (9, 0):
+        return f"needs sm_90, this is {situation.capability}"
+    if situation.dtype != torch.bfloat16:
+        return f"needs bfloat16, this is {situation.dtype}"
+    if situation.head_dim != CUDA_HEAD_DIM:
+        return f"needs a head dimension of {CUDA_HEAD_DIM}, this is {situation.head_dim}"
+    if situation.key_mask:
+        return "takes no bias and no length of the keys"
+    if situation.grad:
+        return "has no gradient"
+    found = extension()
+    return found if isinstance(found, str) else None
+
+
 def _backends() -> tuple[Backend, ...]:
     """What is measured, the fastest first; then what is not; sdpa, which torch decides on, last."""
     supports = {
         **{name: _flash(name) for name in FLASH},
         "cudnn": _cudnn,
         "triton": _triton,
+        "cuda": _cuda,
         "sdpa": lambda situation: None,
     }
     speed = MEASURED_TFLOPS[40]
@@ -190,6 +212,51 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 _kernel.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("flashtalk_rt::chunk_attention_cuda", mutates_args=(), device_types="cuda")
+def _cuda_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _launch(q, k, v)
+
+
+@_cuda_kernel.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, tile_keys: int = 0) -> Tensor:
+    """csrc/api/chunk_attention.h; `tile_keys`: keys a tile as a variant has them, 0 for the preferred one."""
+    module = extension()
+    if isinstance(module, str):
+        raise InputError(f"chunk_attention: {module}")
+    batch, length, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    if out.numel() == 0:
+        return out
+    tensors = {"q": _copyable(q), "k": _copyable(k), "v": _copyable(v)}
+    with torch.cuda.device(q.device):
+        module.chunk_attention(
+            **{name: x.data_ptr() for name, x in tensors.items()},
+            **{f"{name}_strides": x.stride()[:3] for name, x in tensors.items()},
+            out=out.data_ptr(),
+            batch=batch,
+            length=length,
+            keys=k.shape[1],
+            heads=heads,
+            tile_keys=tile_keys,
+            device=q.device.index,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out
+
+
+def _copyable(x: Tensor) -> Tensor:
+    """x as the copy engine takes it, else a copy: contiguous columns, all else at multiples of 16 bytes."""
+    strides = zip(x.shape[:3], x.stride()[:3], strict=True)
+    aligned = all(size == 1 or (step > 0 and step % 8 == 0) for size, step in strides)
+    if aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 # --- the public op ---------------------------------------------------------------------------------
 
 
@@ -225,7 +292,9 @@ def chunk_attention(
     if chunk_tokens is not None and chunk_tokens >= q.shape[1]:
         chunk_tokens = None
     masked = key_length is not None or key_bias is not None
-    chosen = backend_for(SPEC, q.device, q.dtype, q.shape[-1], wanted=backend, key_mask=masked)
+    tensors = (q, k, v) if key_bias is None else (q, k, v, key_bias)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    chosen = backend_for(SPEC, q.device, q.dtype, q.shape[-1], grad, backend, masked)
     if chosen == "triton":
         bias = None if key_bias is None else key_bias.expand(k.shape[0], -1)
         out: Tensor = _kernel(q, k, v, key_length, bias, chunk_tokens)[0]
@@ -279,6 +348,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) 
     if backend in FLASH:
         out = _flash_function(backend)(q, k, v)
         return out[0] if isinstance(out, tuple) else out  # some releases add the log-sum-exp
+    if backend == "cuda":
+        ours: Tensor = _cuda_kernel(q, k, v)
+        return ours
     if backend == "cudnn" and k.shape[1] > 1:  # torch refuses cuDNN a single key
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -373,6 +445,9 @@ SPEC = OpSpec(
         _case(1, 9, 1, 128, chunk=4),
         _case(1, 1, 1, 16, keys=3),
         _case(1, 37, 2, 16, keys=150),  # several tiles of keys
+        _case(1, 300, 1, 128),
+        _case(2, 129, 2, 128, keys=200),
+        _case(1, 70, 1, 128, keys=192),
         _case(2, 5, 2, 24, keys=19, key_length=(3, 19), bias=(19,)),
         _case(2, 21, 1, 16, chunk=5, key_length=13, bias=(2, 21)),
         _case(2, 150, 1, 32, chunk=70, key_length=(33, 140), bias=(2, 150)),  # several tiles a chunk

@@ -1,0 +1,396 @@
+// A model of attention on the CPU: TMA, wgmma, mbarrier and named barriers as the PTX ISA describes them, driven
+// by the kernel's own index arithmetic, against the plain sum.  Prints a line and returns 1 at a difference.
+#include "include/chunk_attention.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+using namespace flashtalk::attention;
+
+namespace {
+
+#define CHECK(condition, ...)                   \
+    do {                                        \
+        if (!(condition)) {                     \
+            std::printf("line %d: ", __LINE__); \
+            std::printf(__VA_ARGS__);           \
+            std::printf("\n");                  \
+            std::exit(1);                       \
+        }                                       \
+    } while (0)
+
+float to_float(uint16_t bits) {
+    const uint32_t word = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+uint16_t to_bf16(float value) {  // to the nearest, halves to the even one
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    return static_cast<uint16_t>((word + 0x7FFF + (word >> 16 & 1)) >> 16);
+}
+
+// CU_TENSOR_MAP_SWIZZLE_128B and wgmma's mode 1: bits 4-6 of a shared address are XORed with bits 7-9.
+uint32_t swizzle_128(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+using Shared = std::vector<uint8_t>;
+
+// [batch, rows, heads, 128] with strides in elements.
+struct Array {
+    int batch, rows, heads;
+    std::array<int, 3> strides;  // batch, row, head
+    std::vector<uint16_t> data;
+
+    size_t at(int b, int r, int h, int c) const {
+        return static_cast<size_t>(b * strides[0] + r * strides[1] + h * strides[2] + c);
+    }
+};
+
+// A box of 64 columns, one head and `box` rows, zeros where it lies outside.
+int load_box(Shared& shared, uint32_t to, const Array& from, int box, int column, int head, int row, int batch) {
+    CHECK(to % 1024 == 0, "the swizzle does not start at %u", to);
+    CHECK(box <= 256, "a box of %d rows", box);
+    for (int r = 0; r < box; ++r)
+        for (int c = 0; c < kHalf; ++c) {
+            const bool inside = row + r < from.rows && head < from.heads && batch < from.batch;
+            const uint16_t value = inside ? from.data[from.at(batch, row + r, head, column + c)] : 0;
+            std::memcpy(&shared[swizzle_128(to + static_cast<uint32_t>((r * kHalf + c) * 2))], &value, 2);
+        }
+    return box * kHalf * 2;
+}
+
+float operand(const Shared& shared, uint64_t descriptor, int mn, int k, bool k_major) {
+    CHECK(descriptor >> 62 == 1, "swizzle mode %d", static_cast<int>(descriptor >> 62));
+    CHECK((descriptor >> 49 & 7) == 0, "base offset");
+    const auto start = static_cast<int>(descriptor & 0x3FFF) << 4;
+    const auto leading = static_cast<int>(descriptor >> 16 & 0x3FFF) << 4;
+    const auto stride = static_cast<int>(descriptor >> 32 & 0x3FFF) << 4;
+    // K-major: eight rows of 128 bytes, then the stride offset; 16 columns stay inside the span.  MN-major: 64
+    // columns, then the leading offset; eight keys of 128 bytes, then the stride offset.
+    const int address = k_major ? start + mn / 8 * stride + mn % 8 * 128 + k * 2
+                                : start + mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128;
+    uint16_t value;
+    std::memcpy(&value, &shared[swizzle_128(static_cast<uint32_t>(address))], 2);
+    return to_float(value);
+}
+
+template <int kCount>
+using Registers = std::vector<std::array<float, kCount>>;  // of each thread of a warpgroup
+
+// d [64, kN] += a [64, 16] b [kN, 16]^T.  registers[thread][4 block + 2 half + column] as the PTX ISA has it.
+template <int kN>
+void mma(Registers<kN / 2>& d, const std::array<std::array<float, kMmaK>, 64>& a, const Shared& shared, uint64_t b,
+         bool k_major, bool accumulate) {
+    for (int n = 0; n < kN; ++n) {
+        std::array<float, kMmaK> column;
+        for (int k = 0; k < kMmaK; ++k) column[k] = operand(shared, b, n, k, k_major);
+        for (int row = 0; row < 64; ++row) {
+            float sum = 0;
+            for (int k = 0; k < kMmaK; ++k) sum += a[row][k] * column[k];
+            const int thread = row / 16 * 32 + row % 8 * 4 + n % 8 / 2;
+            float& to = d[static_cast<size_t>(thread)][n / 8 * 4 + row / 8 % 2 * 2 + n % 2];
+            to = accumulate ? to + sum : sum;
+        }
+    }
+}
+
+// The A operand from registers as the PTX ISA has it: word i of a thread holds row lane / 4 + 8 (i % 2) and
+// columns 2 (lane % 4) + 8 (i / 2) and the next, the first in its low half.
+std::array<std::array<float, kMmaK>, 64> from_registers(const std::vector<std::array<uint32_t, 4>>& words) {
+    std::array<std::array<float, kMmaK>, 64> a{};
+    for (int thread = 0; thread < 128; ++thread)
+        for (int i = 0; i < 4; ++i) {
+            const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, column = thread % 4 * 2 + i / 2 * 8;
+            const uint32_t word = words[static_cast<size_t>(thread)][static_cast<size_t>(i)];
+            a[row][column] = to_float(static_cast<uint16_t>(word));
+            a[row][column + 1] = to_float(static_cast<uint16_t>(word >> 16));
+        }
+    return a;
+}
+
+template <class Tile>
+void attend(const Shape& shape, std::mt19937& random) {
+    constexpr int kKeys = Tile::kKeys;
+    std::normal_distribution<float> normal;
+    const auto draw = [&](int rows, bool fused) {  // a slice of a projection, or heads in front
+        const int pitch = shape.heads * kDim * 3;
+        Array x{shape.batch, rows, shape.heads, {rows * pitch, pitch, kDim}, {}};
+        if (!fused) x.strides = {shape.heads * rows * kDim, kDim, rows * kDim};
+        x.data.resize(static_cast<size_t>(shape.batch * rows * pitch));
+        for (uint16_t& value : x.data) value = to_bf16(normal(random));
+        return x;
+    };
+    const Array q = draw(shape.length, false), k = draw(shape.keys, false), v = draw(shape.keys, true);
+    std::vector<float> out(static_cast<size_t>(shape.batch * shape.length * shape.heads * kDim));
+    std::vector<int> writes(out.size());
+
+    Shared shared(Tile::kSharedBytes);
+    const Memory<Tile> memory{kSharedAlignment};
+    CHECK(memory.spare() + 16 <= Tile::kSharedBytes, "shared memory ends before the spare word");
+    const float scale = 1 / std::sqrt(static_cast<float>(kDim)) * 1.4426950408889634f;
+    const int last = ceil_div(shape.keys, kKeys) - 1;
+    for (int tile = 0; tile < static_cast<int>(tile_count(shape)); ++tile) {
+        const Origin origin = tile_origin(shape, tile);
+        for (int half = 0; half < kHalves; ++half) {
+            const auto to = memory.data(0) + static_cast<uint32_t>(half * Tile::kQueryHalfBytes);
+            load_box(shared, to, q, kQueries, half * kHalf, origin.head, origin.query, origin.batch);
+        }
+        std::vector<Registers<kDim / 2>> sums(kConsumers, Registers<kDim / 2>(128));
+        std::vector<std::array<float, 2>> top(kConsumers * 128, {-INFINITY, -INFINITY}), total(kConsumers * 128);
+        for (int n = last; n >= 0; --n) {
+            const int key_slot = 1 + (last - n) % kStages, value_slot = key_slot + kStages;
+            int bytes = 0;
+            for (int half = 0; half < kHalves; ++half) {
+                const auto offset = static_cast<uint32_t>(half * Tile::kHalfBytes);
+                for (const auto& [slot, from] : {std::pair(key_slot, &k), std::pair(value_slot, &v)})
+                    bytes += load_box(shared, memory.data(slot) + offset, *from, kKeys, half * kHalf, origin.head,
+                                      n * kKeys, origin.batch);
+            }
+            CHECK(bytes == 2 * Tile::kTileBytes, "%d bytes in two tiles of %d", bytes, Tile::kTileBytes);
+            for (int group = 0; group < kConsumers; ++group) {
+                const auto rows = static_cast<uint32_t>(group * kMmaRows * kRowBytes);
+                const uint64_t query = descriptor(memory.data(0) + rows, 16);
+                Registers<kKeys / 2> scores(128);
+                for (int step = 0; step < kDim / kMmaK; ++step) {
+                    const uint64_t a = advance(query, column_step(Tile::kQueryHalfBytes, step));
+                    std::array<std::array<float, kMmaK>, 64> left;
+                    for (int row = 0; row < 64; ++row)
+                        for (int c = 0; c < kMmaK; ++c) left[row][c] = operand(shared, a, row, c, true);
+                    const uint64_t b = descriptor(memory.data(key_slot), 16);
+                    mma<kKeys>(scores, left, shared, advance(b, column_step(Tile::kHalfBytes, step)), true, step > 0);
+                }
+                for (int quad = 0; quad < 32; ++quad)  // four lanes share two rows
+                    for (int half = 0; half < 2; ++half) {
+                        float high = top[static_cast<size_t>(group * 128 + quad * 4)][half];
+                        for (int t = quad * 4; t < quad * 4 + 4; ++t)
+                            for (int i = 0; i < kKeys / 2; ++i) {
+                                if (fragment_half(i) != half) continue;
+                                float& score = scores[static_cast<size_t>(t)][i];
+                                if (n * kKeys + fragment_column(t % 32, i) >= shape.keys) score = -INFINITY;
+                                high = std::max(high, score);
+                            }
+                        for (int t = quad * 4; t < quad * 4 + 4; ++t) {
+                            const auto at = static_cast<size_t>(group * 128 + t);
+                            const float fade = std::exp2((top[at][half] - high) * scale);
+                            top[at][half] = high;
+                            total[at][half] *= fade;
+                            for (int i = 0; i < kKeys / 2; ++i) {
+                                if (fragment_half(i) != half) continue;
+                                float& score = scores[static_cast<size_t>(t)][i];
+                                score = std::exp2((score - high) * scale);
+                                total[at][half] += score;
+                            }
+                            for (int i = 0; i < kDim / 2; ++i)
+                                if (fragment_half(i) == half) sums[group][static_cast<size_t>(t)][i] *= fade;
+                        }
+                    }
+                const uint64_t b = descriptor(memory.data(value_slot), Tile::kHalfBytes);
+                for (int step = 0; step < kKeys / kMmaK; ++step) {
+                    std::vector<std::array<uint32_t, 4>> words(128);
+                    for (size_t t = 0; t < 128; ++t)
+                        for (int i = 0; i < 4; ++i) {
+                            const float* pair = &scores[t][step * 8 + i * 2];
+                            words[t][i] = static_cast<uint32_t>(to_bf16(pair[1])) << 16 | to_bf16(pair[0]);
+                        }
+                    mma<kDim>(sums[group], from_registers(words), shared, advance(b, key_step(step)), false, true);
+                }
+            }
+        }
+        for (int group = 0; group < kConsumers; ++group)
+            for (int t = 0; t < 128; ++t)
+                for (int i = 0; i < kDim / 2; ++i) {
+                    const int half = fragment_half(i);
+                    const int query = origin.query + group * kMmaRows + fragment_row(t / 32, t % 32, half);
+                    if (query >= shape.length) continue;
+                    float whole = 0;
+                    for (int lane = 0; lane < 4; ++lane)
+                        whole += total[static_cast<size_t>(group * 128 + t / 4 * 4 + lane)][half];
+                    const auto at = static_cast<size_t>(
+                        ((origin.batch * shape.length + query) * shape.heads + origin.head) * kDim +
+                        fragment_column(t % 32, i));
+                    out[at] = sums[group][static_cast<size_t>(t)][i] / whole;
+                    ++writes[at];
+                }
+    }
+
+    size_t at = 0;
+    for (int b = 0; b < shape.batch; ++b)
+        for (int i = 0; i < shape.length; ++i)
+            for (int h = 0; h < shape.heads; ++h) {
+                std::vector<double> weights(static_cast<size_t>(shape.keys));
+                double whole = 0;
+                for (int j = 0; j < shape.keys; ++j) {
+                    double score = 0;
+                    for (int c = 0; c < kDim; ++c)
+                        score += static_cast<double>(to_float(q.data[q.at(b, i, h, c)])) *
+                                 to_float(k.data[k.at(b, j, h, c)]);
+                    whole += weights[static_cast<size_t>(j)] = std::exp(score / std::sqrt(128.0));
+                }
+                for (int c = 0; c < kDim; ++c, ++at) {
+                    double sum = 0;
+                    for (int j = 0; j < shape.keys; ++j)
+                        sum += weights[static_cast<size_t>(j)] / whole * to_float(v.data[v.at(b, j, h, c)]);
+                    CHECK(writes[at] == 1, "out[%d, %d, %d, %d] was written %d times", b, i, h, c, writes[at]);
+                    CHECK(std::abs(out[at] - sum) < 4e-3, "out[%d, %d, %d, %d] is %f, not %f", b, i, h, c, out[at],
+                          sum);
+                }
+            }
+}
+
+// mbarrier: a phase completes when its arrivals and bytes are in; a wait for a parity passes when the phase
+// of that parity was the last to complete (before the first, that is parity 1).
+struct Barrier {
+    int arrivals, pending, phase = 0;
+    explicit Barrier(int count) : arrivals(count), pending(count) {}
+    void arrive() {
+        CHECK(pending > 0, "one arrival too many");
+        if (--pending == 0) {
+            pending = arrivals;
+            ++phase;
+        }
+    }
+    bool passed(uint32_t parity) const { return ((phase + 1) & 1) == static_cast<int>(parity); }
+};
+
+// The order of loads, waits, arrivals and turns, as a list for each thread that has one: the producer and the
+// consumers' warps.  Played in random order, nobody may hang, read what is not there or overwrite what is read.
+struct Event {
+    enum Kind { kLoad, kWait, kRelease, kTake, kGrant } kind;
+    int slot, number;  // the number of the tile that is loaded, waited for or released
+    uint32_t parity;
+};
+
+void pipeline(int tiles, int key_tiles, std::mt19937& random) {
+    constexpr int kWarps = kConsumers * 4;
+    std::vector<std::vector<Event>> programs(1 + kWarps);
+    Ring keys{1}, values{1 + kStages};
+    int key_number = 0, value_number = 0;
+    const auto load = [&](Ring& ring, int& number) {
+        programs[0].push_back({Event::kLoad, ring.slot(), number++, ring.parity ^ 1});
+        ring.next();
+    };
+    for (int tile = 0; tile < tiles; ++tile) {
+        load(keys, key_number);
+        programs[0].push_back({Event::kLoad, 0, tile, static_cast<uint32_t>(tile & 1) ^ 1});
+        for (int n = key_tiles - 2; n >= 0; --n) {
+            load(keys, key_number);
+            load(values, value_number);
+        }
+        load(values, value_number);
+    }
+    for (int warp = 0; warp < kWarps; ++warp) {
+        std::vector<Event>& program = programs[static_cast<size_t>(1 + warp)];
+        const int group = warp / 4;
+        Ring keys{1}, values{1 + kStages};
+        int key_number = 0, value_number = 0;
+        const auto wait = [&](const Ring& ring, int number) {
+            program.push_back({Event::kWait, ring.slot(), number, ring.parity});
+        };
+        const auto release = [&](Ring& ring, int& number) {
+            program.push_back({Event::kRelease, ring.slot(), number++, 0});
+            ring.next();
+        };
+        if (group == 1) program.push_back({Event::kGrant, 0, 0, 0});
+        for (int tile = 0; tile < tiles; ++tile) {
+            program.push_back({Event::kWait, 0, tile, static_cast<uint32_t>(tile & 1)});
+            wait(keys, key_number);
+            release(keys, key_number);
+            for (int n = key_tiles - 2; n >= 0; --n) {
+                wait(keys, key_number);
+                program.push_back({Event::kTake, group, 0, 0});
+                wait(values, value_number);
+                program.push_back({Event::kGrant, 1 - group, 0, 0});
+                release(keys, key_number);
+                release(values, value_number);
+            }
+            program.push_back({Event::kRelease, 0, tile, 0});
+            wait(values, value_number);
+            release(values, value_number);
+        }
+        if (group == 0) program.push_back({Event::kTake, 0, 0, 0});
+    }
+
+    std::vector<Barrier> full(kSlots, Barrier(1)), empty(kSlots, Barrier(kWarps));
+    std::vector<int> holds(kSlots, -1), readers(kSlots, 0);
+    std::vector<size_t> at(programs.size());
+    // Eight arrivals, of four warps that grant and four that take, complete a named barrier.
+    std::array<int, kConsumers> arrived{}, granted{}, completed{};
+    std::vector<int> taken(programs.size(), -1);  // the phase that a warp waits for, once it has arrived
+    for (size_t running = programs.size(), idle = 0; running > 0;) {
+        const size_t who = random() % programs.size();
+        if (at[who] == programs[who].size()) continue;
+        const Event& event = programs[who][at[who]];
+        const auto slot = static_cast<size_t>(event.slot);
+        const auto arrive = [&] {
+            CHECK(arrived[slot] < kWarps, "a named barrier has one arrival too many");
+            if (++arrived[slot] == kWarps) {
+                arrived[slot] = granted[slot] = 0;
+                ++completed[slot];
+            }
+        };
+        bool moved = true;
+        switch (event.kind) {
+            case Event::kLoad:
+                moved = empty[slot].passed(event.parity);
+                if (!moved) break;
+                CHECK(readers[slot] == 0, "slot %d is overwritten while it is read", event.slot);
+                holds[slot] = event.number;
+                full[slot].arrive();
+                break;
+            case Event::kWait:
+                moved = full[slot].passed(event.parity);
+                if (!moved) break;
+                CHECK(holds[slot] == event.number, "%d is read, not %d", holds[slot], event.number);
+                ++readers[slot];
+                break;
+            case Event::kRelease:
+                CHECK(holds[slot] == event.number, "%d was overwritten by %d", event.number, holds[slot]);
+                --readers[slot];
+                empty[slot].arrive();
+                break;
+            case Event::kGrant:
+                CHECK(++granted[slot] <= 4, "a turn is granted twice");
+                arrive();
+                break;
+            case Event::kTake:
+                if (taken[who] < 0) {
+                    taken[who] = completed[slot];
+                    arrive();
+                }
+                moved = completed[slot] > taken[who];
+                if (moved) taken[who] = -1;
+                break;
+        }
+        if (moved && ++at[who] == programs[who].size()) --running;
+        idle = moved ? 0 : idle + 1;
+        CHECK(idle < 100000, "the pipeline hangs");
+    }
+    for (int group = 0; group < kConsumers; ++group) CHECK(arrived[group] == 0, "a grant is left over");
+}
+
+template <int kKeys>
+void variant(std::mt19937& random) {
+    // Ragged queries and keys, in one tile and in more; several heads and batches.
+    attend<Tile<kKeys>>({1, 2, kQueries + 70, 2 * kKeys + 5}, random);
+    attend<Tile<kKeys>>({2, 1, 3, kKeys}, random);
+    attend<Tile<kKeys>>({1, 1, 65, 1}, random);
+    std::printf("%d keys: %d bytes of shared memory\n", kKeys, Tile<kKeys>::kSharedBytes);
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937 random(0);
+    for (int key_tiles = 1; key_tiles <= 6; ++key_tiles) pipeline(5, key_tiles, random);
+    variant<176>(random);
+    variant<192>(random);
+    variant<128>(random);
+}
