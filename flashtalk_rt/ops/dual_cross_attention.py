@@ -125,6 +125,9 @@ SPEC = OpSpec(
         _case(2, 133, 1, 16, 33, 65, bias=(2, 33)),
         _case(1, 7, 2, 64, 7, 5, bias=(7,)),
         _case(1, 3, 1, 128, 7, 67, bias=(7,)),
+        # Image keys that are held in shared memory, several heads a program; text beyond what is held.
+        _case(2, 133, 2, 128, 33, 257, bias=(2, 33)),
+        _case(1, 128, 1, 128, 120, 256, bias=None),
     ),
     workload=_case(1, 12096, 40, 128, 21, 257, bias=(21,)),
     gradients=("q", "text_k", "text_v", "image_k", "image_v", "text_bias"),
