@@ -4,14 +4,13 @@
 #include <limits>
 #include <string>
 
-#include "api/cuda_check.h"
+#include "api/driver.h"
 #include "include/chunk_attention.h"
 
 namespace flashtalk {
 namespace {
 
 using namespace attention;
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 using Strides = std::array<int64_t, 3>;
 
 constexpr int kAlignment = 16;  // bytes: of pointers and strides
@@ -45,19 +44,6 @@ const Variant& choose(int tile_keys) {
     refuse("there is no tile of " + std::to_string(tile_keys) + " keys");
 }
 
-// There is no libcuda to link where there is no GPU, so the driver's function is asked for at run time.
-EncodeTiled encode_tiled() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    FT_CHECK_CUDA(cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess || function == nullptr) {
-        throw std::runtime_error("cudaGetDriverEntryPointByVersion found no cuTensorMapEncodeTiled: result " +
-                                 std::to_string(static_cast<int>(found)));
-    }
-    return reinterpret_cast<EncodeTiled>(function);
-}
-
 // [batch, rows, heads, 128], read in boxes of 64 columns of `box_rows` rows of one head, which lie in shared
 // memory as rows of 128 bytes.  What is past the end is zeros.
 CUtensorMap tensor_map(
@@ -75,12 +61,6 @@ CUtensorMap tensor_map(
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),  // zeros
         "cuTensorMapEncodeTiled");
     return map;
-}
-
-int multiprocessor_count(int device) {
-    int value = 0;
-    FT_CHECK_CUDA(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device));
-    return value;
 }
 
 }  // namespace
@@ -104,7 +84,7 @@ void chunk_attention(const ChunkAttentionCall& call) {
     FT_CHECK_CUDA(cudaSetDevice(call.device));
 
     Shape shape{call.batch, call.heads, call.length, call.keys};
-    const int multiprocessors = multiprocessor_count(call.device);
+    const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, call.device);
     const int64_t tiles = tile_count(shape);
     // The grid's stride is added to a tile's number before it is compared.
     if (tiles > std::numeric_limits<int>::max() - multiprocessors) refuse("too many queries");

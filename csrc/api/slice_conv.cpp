@@ -4,13 +4,11 @@
 #include <limits>
 #include <string>
 
-#include "api/cuda_check.h"
+#include "api/driver.h"
 #include "include/slice_conv.h"
 
 namespace flashtalk {
 namespace {
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("slice_conv: " + what); }
 
@@ -64,19 +62,6 @@ Dtype named_dtype(const std::string& name) {
     refuse("dtype is " + name + "; it must be bfloat16 or float16");
 }
 
-// There is no libcuda to link where there is no GPU, so the driver's function is asked for at run time.
-EncodeTiled encode_tiled() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    FT_CHECK_CUDA(cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess || function == nullptr) {
-        throw std::runtime_error("cudaGetDriverEntryPointByVersion found no cuTensorMapEncodeTiled: result " +
-                                 std::to_string(static_cast<int>(found)));
-    }
-    return reinterpret_cast<EncodeTiled>(function);
-}
-
 // A contiguous tensor of 2-byte elements, innermost dimension first, read in boxes of 64-byte rows.
 template <size_t kRank>
 CUtensorMap tensor_map(
@@ -101,12 +86,6 @@ CUtensorMap tensor_map(
                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),  // zeros
         "cuTensorMapEncodeTiled");
     return map;
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-    int value = 0;
-    FT_CHECK_CUDA(cudaDeviceGetAttribute(&value, which, device));
-    return value;
 }
 
 }  // namespace

@@ -66,20 +66,7 @@ __device__ __forceinline__ void mma_scores(float (&d)[88], uint64_t a, uint64_t 
 }
 
 __device__ __forceinline__ void mma_scores(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "setp.ne.b32 p, %98, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-        "}, %96, %97, p, 1, 1, 0, 0;\n}"
-        : FT_REGISTERS_16(d, 0), FT_REGISTERS_16(d, 16), FT_REGISTERS_16(d, 32), FT_REGISTERS_16(d, 48),
-          FT_REGISTERS_16(d, 64), FT_REGISTERS_16(d, 80)
-        : "l"(a), "l"(b), "r"(accumulate));
+    flashtalk::mma<__nv_bfloat16>(d, a, b, accumulate);
 }
 
 // d [64, 128] += a [64, 16] b [16, 128]: a in registers, b in shared memory.  The trailing immediates: neither

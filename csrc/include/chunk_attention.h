@@ -11,13 +11,7 @@
 
 #include <cstdint>
 
-#ifndef FT_HOST_DEVICE
-#ifdef __CUDACC__
-#define FT_HOST_DEVICE __host__ __device__
-#else
-#define FT_HOST_DEVICE
-#endif
-#endif
+#include "include/quad.h"
 
 namespace flashtalk::attention {
 

@@ -158,24 +158,6 @@ struct Rows {
     }
 };
 
-__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int lane) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        const bool high = (lane & bit) != 0;
-        const int stride = bit;  // words `i` and `i + stride` of a pair
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int low = bit == 1 ? 2 * i : i;
-            const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, high ? v[low] : v[low + stride], bit);
-            if (high) {
-                v[low] = other;
-            } else {
-                v[low + stride] = other;
-            }
-        }
-    }
-}
-
 // out = sums / total, rounded once; queries past the end are not written.
 __device__ __forceinline__ void write_out(
     const float (&sums)[kDim / 2], Rows& rows, const Shape& shape, const Origin& origin, int group, uint16_t* out) {

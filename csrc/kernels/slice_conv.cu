@@ -58,15 +58,6 @@ __device__ __forceinline__ void produce(
     }
 }
 
-__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int lane) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        const uint32_t first = __shfl_xor_sync(0xFFFFFFFF, quad_send(v, lane, bit, 0), bit);
-        const uint32_t second = __shfl_xor_sync(0xFFFFFFFF, quad_send(v, lane, bit, 1), bit);
-        quad_receive(v, lane, bit, first, second);
-    }
-}
-
 // Two neighbouring elements in a word, the first in its low half.
 template <class Element>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
