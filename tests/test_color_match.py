@@ -140,6 +140,17 @@ def test_pixels_round_half_to_even(device: str, backend: str) -> None:
     assert pixels[0, 0, 0, :, 0].tolist() == [128, 128, 126, 0, 255, 0]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_registered_op_keeps_torchs_rules(device: str) -> None:
+    frames, statistics = normal(1, 3, 2, 4, 6).tanh().to(device), torch.ones(1, 1, 3, 1, 1, device=device)
+    into = ops.color_match_pixels(frames, statistics, statistics, 0)
+    torch.library.opcheck(
+        torch.ops.flashtalk_rt.color_match_pixels.default,
+        (frames, statistics, statistics, 0.5, into[0].clone(), into[1]),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
 @pytest.mark.parametrize("part", [0, 1])
 def test_where_matched_frames_do_not_fit_is_refused(part: int) -> None:
     frames, statistics = normal(1, 3, 2, 4, 6), torch.ones(1, 1, 3, 1, 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashtalk_rt import ops
 from flashtalk_rt.config import VAEConfig
+from flashtalk_rt.errors import InputError
 from flashtalk_rt.modules import vae_layers
 from flashtalk_rt.modules.vae import VAE, CacheCursor
 from flashtalk_rt.ops import reference_vae as reference
@@ -145,6 +146,70 @@ def test_the_last_two_frames_are_the_next_calls_past(device: str, backend: str) 
     torch.testing.assert_close(past, whole[:, :, -2:], rtol=1e-6, atol=1e-6)
 
 
+def ndhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_in_place_of_the_input_before(shortcut: bool, frames: int, device: str, backend: str) -> None:
+    """One buffer through several calls, the first without a past and shorter: bit for bit new tensors."""
+    room = ndhwc(torch.full((2, 12, 2 + frames, 9, 11), float("nan"), device=device))
+    gamma, bias = (normal(12, seed=n, device=device) for n in (5, 6))
+    past, lying = None, None
+    for call, count in enumerate((1, frames, frames)):
+        x = ndhwc(normal(2, 12, count, 9, 11, seed=call, device=device))
+        out = room[:, :, -(2 + count) :]
+        if shortcut:
+            total, expected = ops.add_norm_silu(x, bias, 2 * x, gamma, past, backend=backend)
+            found = ops.add_norm_silu(x, bias, 2 * x, gamma, lying, out=out, backend=backend)
+            assert torch.equal(found[0], total) and found[1] is out
+        else:
+            expected = ops.norm_silu(x, gamma, past, bias, backend=backend)
+            assert ops.norm_silu(x, gamma, lying, bias, out=out, backend=backend) is out
+        assert torch.equal(out, expected)
+        past, lying = expected[:, :, -2:], room[:, :, -2:]
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_the_heads_future_in_place_of_its_past(frames: int, device: str, backend: str) -> None:
+    future = ndhwc(torch.full((2, 12, 2, 9, 11), float("nan"), device=device))
+    gamma, bias = (normal(12, seed=n, device=device) for n in (5, 6))
+    weight, out_bias = (normal(3, 12, 3, 3, 3, device=device) / 18, normal(3, seed=1, device=device))
+    past, lying = None, None
+    for call, count in enumerate((1, frames, frames)):
+        x = ndhwc(normal(2, 12, count, 9, 11, seed=call, device=device))
+        given = (weight, out_bias, True)
+        expected, past = ops.vae_head(x, bias, 2 * x, gamma, past, *given, backend=backend)
+        found = ops.vae_head(x, bias, 2 * x, gamma, lying, *given, future=future, backend=backend)
+        assert torch.equal(found[0], expected) and found[1] is future and torch.equal(future, past)
+        lying = future
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ops_that_write_in_place_keep_torchs_rules(device: str) -> None:
+    x, shortcut = (ndhwc(normal(1, 12, 2, 3, 5, seed=n, device=device)) for n in range(2))
+    gamma, bias = (normal(12, seed=n, device=device) for n in (5, 6))
+    past = ndhwc(normal(1, 12, 2, 3, 5, seed=2, device=device))
+    weight = normal(3, 12, 3, 3, 3, device=device)
+    for name, args in {
+        "norm_silu_into": (x, bias, shortcut, gamma, past, ndhwc(torch.cat((x, x), dim=2))),
+        "vae_head_into": (x, bias, shortcut, gamma, past, weight, bias[:3].clone(), True, past.clone()),
+    }.items():
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(getattr(torch.ops.flashtalk_rt, name).default, args, test_utils=tests)
+
+
+def test_a_room_that_does_not_fit_is_refused() -> None:
+    x, gamma = normal(1, 12, 2, 3, 5), torch.ones(12)
+    with pytest.raises(InputError, match=r"norm_silu: out .*\[1, 12, 4, 3, 5\]"):
+        ops.norm_silu(x, gamma, None, out=ndhwc(x), backend="triton")
+    with pytest.raises(InputError, match="NDHWC"):
+        ops.norm_silu(x, gamma, None, out=torch.cat((x, x), dim=2), backend="triton")
+
+
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_black_pixels_stay_black(device: str, backend: str) -> None:
     x, gamma = torch.zeros(1, 12, 2, 2, 2, device=device), torch.ones(12, device=device)
@@ -200,6 +265,26 @@ def test_the_kernels_make_the_same_vae(request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("fused")
     for out, exact in zip(through(vae, z, video), expected, strict=True):
         assert relative(out, exact) < 1e-5 if exact.abs().max() > 0 else not out.any()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@torch.no_grad()
+def test_decoding_in_rooms_is_decoding(kernels: bool, request: pytest.FixtureRequest) -> None:
+    """Bit for bit, also of what is remembered; nothing that the rooms held before is read."""
+    if kernels:
+        request.getfixturevalue("fused")
+    vae, z = random_vae().prepare(), normal(1, 16, 4, 2, 3)
+    layout = vae.decoding_rooms(z[:, :, :1])
+    assert {room.shape[2] for room in layout} == {2, 3, 4, 6} and all(room.is_meta for room in layout)
+    rooms = [torch.full_like(room, float("nan"), device="cpu") for room in layout]
+    lying, cache = vae.remembered(rooms), None
+    for i in range(4):
+        latent = z[:, :, i : i + 1]
+        frames, cache = vae.decode_step(latent, cache)
+        found, future = vae.decode_step(latent, lying if i else None, rooms=rooms)
+        assert torch.equal(found, frames)
+        for mine, there, expected in zip(future, lying, cache, strict=True):
+            assert mine.data_ptr() == there.data_ptr() and torch.equal(mine, expected)
 
 
 @pytest.mark.gpu

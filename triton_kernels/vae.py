@@ -58,30 +58,37 @@ def add_residual_kernel(
 @triton.jit
 def norm_silu_kernel(
     x, bias, shortcut, gamma, past, total, out,
-    pixels, frames, past_batch_stride, eps,
+    pixels, frames, past_batch_stride, out_batch_stride, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SHORTCUT: tl.constexpr, HAS_PAST: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_P pixels of one frame of `out`, whose first two frames are the past."""
+    """BLOCK_P pixels through all frames of `out`, whose first two are the past.
+
+    The past may be what lies in the last two until then: no other program touches these pixels.
+    """
     at = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    frame = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK_C)
     mask = (at < pixels)[:, None] & (columns < C)[None, :]
     offsets = at[:, None] * C + columns[None, :]
-    target = out + (batch * (frames + 2) + frame) * pixels * C + offsets
-    if frame < 2:
-        if HAS_PAST:
-            kept = past + batch * past_batch_stride + frame * pixels * C + offsets
-            tl.store(target, tl.load(kept, mask=mask, other=0.0), mask=mask)
-        else:
-            tl.store(target, tl.zeros((BLOCK_P, BLOCK_C), out.dtype.element_ty), mask=mask)
-    else:
-        source = (batch * frames + frame - 2) * pixels * C + offsets
+    plane = tl.cast(pixels, tl.int64) * C
+    target = out + batch * out_batch_stride + offsets
+    older = tl.zeros((BLOCK_P, BLOCK_C), out.dtype.element_ty)
+    newer = older
+    if HAS_PAST:
+        kept = past + batch * past_batch_stride + offsets
+        older = tl.load(kept, mask=mask, other=0.0)
+        newer = tl.load(kept + plane, mask=mask, other=0.0)
+        tl.debug_barrier()  # every thread has read before one writes
+    tl.store(target, older, mask=mask)
+    tl.store(target + plane, newer, mask=mask)
+    for t in range(frames):
+        source = (batch * frames + t) * plane + offsets
         row = load_sum(x, bias, shortcut, source, columns, mask, C, HAS_BIAS, HAS_SHORTCUT)
         if HAS_SHORTCUT:
             tl.store(total + source, row, mask=mask)
-        tl.store(target, rms_silu(row, gamma, columns, eps, C, FAST).to(out.dtype.element_ty), mask=mask)
+        row = rms_silu(row, gamma, columns, eps, C, FAST).to(out.dtype.element_ty)
+        tl.store(target + (t + 2) * plane, row, mask=mask)
 
 
 @triton.jit
@@ -112,14 +119,14 @@ def interleave_kernel(
 @triton.jit
 def head_taps_kernel(
     x, bias, shortcut, gamma, past, weight, taps, future,
-    pixels, frames, past_batch_stride, eps,
+    pixels, frames, past_batch_stride, future_batch_stride, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels through all frames: what each contributes to its neighbours, summed over time.
 
     weight [3, C, N] by temporal tap; taps [B, T, N, pixels] float32, N a neighbour's place and an output
-    channel; future [B, 2, pixels, C], the last two normalised frames.
+    channel; future [B, 2, pixels, C], the last two normalised frames, maybe where the past lies until then.
     """
     at = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     batch = tl.program_id(1).to(tl.int64)
@@ -135,12 +142,13 @@ def head_taps_kernel(
     # `older` and `newer` are those two outputs so far; before the start the frames are zero.
     older = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     newer = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    kept = future + batch * 2 * pixels * C + offsets
+    kept = future + batch * future_batch_stride + offsets
     if HAS_PAST:
         source = past + batch * past_batch_stride + offsets
         row = tl.load(source, mask=mask, other=0.0)
         newer = tl.dot(row, first, newer, input_precision="ieee")
         row = tl.load(source + pixels * C, mask=mask, other=0.0)
+        tl.debug_barrier()  # every thread has read before one writes
         older = tl.dot(row, second, newer, input_precision="ieee")
         newer = tl.dot(row, first, input_precision="ieee")
         if frames == 1:
@@ -199,27 +207,26 @@ def add_residual(x: Tensor, bias: Tensor | None, shortcut: Tensor) -> Tensor:
 
 
 def norm_silu(
-    x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Launch `norm_silu_kernel`; arguments as `ops.add_norm_silu`.  Returns (total, out), total empty
-    without a shortcut."""
+    x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None, out: Tensor,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """Launch `norm_silu_kernel`; arguments as `ops.add_norm_silu`, `out` with NDHWC frames.  Returns the
+    total, empty without a shortcut."""
     batch, channels, frames, height, width = x.shape
     x = x.contiguous(memory_format=NDHWC)
     shortcut = shortcut if shortcut is None else shortcut.contiguous(memory_format=NDHWC)
     past = _past(past)
     total = x.new_empty(0) if shortcut is None else torch.empty_like(x, memory_format=NDHWC)
-    shape = (batch, channels, frames + 2, height, width)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=NDHWC)
     block_c, block_p = _blocks(channels)
-    norm_silu_kernel[(triton.cdiv(height * width, block_p), frames + 2, batch)](
+    norm_silu_kernel[(triton.cdiv(height * width, block_p), batch)](
         x, x if bias is None else bias, x if shortcut is None else shortcut, gamma,
         x if past is None else past, total, out,
-        height * width, frames, 0 if past is None else past.stride(0), eps,
+        height * width, frames, 0 if past is None else past.stride(0), out.stride(0), eps,
         C=channels, BLOCK_C=block_c, BLOCK_P=block_p,
         HAS_BIAS=bias is not None, HAS_SHORTCUT=shortcut is not None, HAS_PAST=past is not None,
         FAST=x.is_cuda,
     )  # fmt: skip
-    return total, out
+    return total
 
 
 def interleave(phases: Tensor, bias: Tensor) -> Tensor:
@@ -238,9 +245,10 @@ def interleave(phases: Tensor, bias: Tensor) -> Tensor:
 
 def head(
     x: Tensor, bias: Tensor | None, shortcut: Tensor, gamma: Tensor, past: Tensor | None,
-    weight: Tensor, out_bias: Tensor, clamp: bool, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch `head_taps_kernel` and `head_sum_kernel`; arguments and results as `ops.vae_head`."""
+    weight: Tensor, out_bias: Tensor, clamp: bool, future: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """Launch `head_taps_kernel` and `head_sum_kernel`; arguments as `ops.vae_head`, `future` with NDHWC
+    frames.  Returns the frames."""
     batch, channels, frames, height, width = x.shape
     outputs, pixels = weight.shape[0], height * width
     x, shortcut = (v.contiguous(memory_format=NDHWC) for v in (x, shortcut))
@@ -248,11 +256,9 @@ def head(
     columns = 9 * outputs
     packed = weight.permute(2, 1, 3, 4, 0).reshape(3, channels, columns).contiguous()
     taps = x.new_empty((batch, frames, columns, pixels), dtype=torch.float32)
-    shape = (batch, channels, 2, height, width)
-    future = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=NDHWC)
     head_taps_kernel[(triton.cdiv(pixels, HEAD_PIXELS), batch)](
         x, x if bias is None else bias, shortcut, gamma, x if past is None else past, packed, taps, future,
-        pixels, frames, 0 if past is None else past.stride(0), eps,
+        pixels, frames, 0 if past is None else past.stride(0), future.stride(0), eps,
         C=channels, BLOCK_C=max(16, triton.next_power_of_2(channels)),
         N=columns, BLOCK_N=max(16, triton.next_power_of_2(columns)), BLOCK_P=HEAD_PIXELS,
         HAS_BIAS=bias is not None, HAS_PAST=past is not None, FAST=x.is_cuda, num_stages=2,
@@ -262,7 +268,7 @@ def head(
     head_sum_kernel[(triton.cdiv(pixels, block), frames, batch)](
         taps, out_bias, out, frames, height, width, OUT=outputs, BLOCK=block, CLAMP=clamp,
     )  # fmt: skip
-    return out, future
+    return out
 
 
 def _blocks(channels: int) -> tuple[int, int]:
@@ -280,7 +286,10 @@ def _past(past: Tensor | None) -> Tensor | None:
 
 HELPERS = ("load_sum", "rms_silu")
 _ACTIVATIONS = ("x", "bias", "shortcut", "gamma", "past", "total", "out", "phases", "weight", "future")
-_NUMBERS = ("pixels", "frames", "past_batch_stride", "rows", "height", "width")
+_NUMBERS = (
+    "pixels", "frames", "past_batch_stride", "out_batch_stride", "future_batch_stride", "rows", "height",
+    "width",
+)  # fmt: skip
 
 
 def _specialized(kernel: triton.JITFunction, num_stages: int = 3, **constants: int | bool) -> Specialization:

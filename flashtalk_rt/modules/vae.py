@@ -103,8 +103,9 @@ class Decoder(nn.Module):
             stream = run(layers, stream, cursor)
         assert isinstance(stream, Sum)  # the last level ends in residual blocks
         norm, _, conv = cast(_Head, tuple(self.head))
+        past, room = cursor.take(), cursor.room(0)
         frames, future = ops.vae_head(
-            *stream, norm.gamma.flatten(), cursor.take(), conv.weight, conv.bias, clamp
+            *stream, norm.gamma.flatten(), past, conv.weight, conv.bias, clamp, future=room
         )
         cursor.put(future)
         return frames
@@ -182,18 +183,42 @@ class VAE(nn.Module):
             parts.append(frames)
         return torch.cat(parts, dim=2)
 
-    def decode_step(self, latent: Tensor, cache: Cache | None, clamp: bool = False) -> tuple[Tensor, Cache]:
+    def decode_step(
+        self, latent: Tensor, cache: Cache | None, clamp: bool = False, rooms: list[Tensor] | None = None
+    ) -> tuple[Tensor, Cache]:
         """Decode the next latent frames of a video.
 
         latent [B, z, t, h, w], normalised, t = 1 when `cache` is None (the start); -> the frames
         (1 at the start, else 4 t), in about [-1, 1] unless `clamp`, and the cache for the next call.
+
+        rooms: allocated as `decoding_rooms` says; what must be remembered is then written there and nowhere
+        else: `cache` may be, and what is returned is, `remembered(rooms)`, and nothing is copied.
         """
         if cache is None and latent.shape[2] != 1:
             raise ValueError(f"the first decode step takes one latent frame, not {latent.shape[2]}")
         mean, std = self._statistics(latent)
         z = self.conv2((latent.float() * std + mean).to(self.dtype, memory_format=torch.channels_last_3d))
-        cursor = CacheCursor(cache)
+        cursor = CacheCursor(cache, rooms)
         return self.decoder(z, cursor, clamp), cursor.future
+
+    def decoding_rooms(self, latent: Tensor) -> list[Tensor]:
+        """What to allocate as rooms for `decode_step` of latents like this one, at the start and later: on
+        the meta device, a tensor for the input of each convolution, which every step makes again in place."""
+        _, cache = self.decode_step(latent[:, :, :1], None)
+        cursor = CacheCursor(cache)
+        self.decoder(latent.to(self.dtype, memory_format=torch.channels_last_3d), cursor)
+        rooms = []
+        for layer, future in enumerate(cursor.future):
+            assert future is not None
+            shape = (*future.shape[:2], cursor.inputs.get(layer, future.shape[2]), *future.shape[3:])
+            ndhwc = torch.channels_last_3d
+            rooms.append(torch.empty(shape, dtype=future.dtype, device="meta", memory_format=ndhwc))
+        return rooms
+
+    @staticmethod
+    def remembered(rooms: list[Tensor]) -> Cache:
+        """The cache that lies in rooms which were decoded into."""
+        return [room[:, :, -2:] for room in rooms]
 
     def normalize(self, mean: Tensor) -> Tensor:
         """Unnormalised latent -> zero mean, unit variance by the published channel statistics."""

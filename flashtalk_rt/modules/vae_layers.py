@@ -17,18 +17,36 @@ Cache = list[Tensor | None]
 
 
 class CacheCursor:
-    """Walks a cache through one forward pass: each layer takes its past and puts its future."""
+    """Walks a cache through one forward pass: each layer takes its past and puts its future.
 
-    def __init__(self, cache: Cache | None) -> None:
+    rooms: a tensor a layer, for what the layer remembers and the frames of one call in front of it.  The
+    future then lies in the rooms' last frames, and the past may lie there until then.
+    """
+
+    def __init__(self, cache: Cache | None, rooms: list[Tensor] | None = None) -> None:
         self._past = cache
+        self._rooms = rooms
         self.future: Cache = []
+        self.inputs: dict[int, int] = {}  # layer -> frames of its convolution's input, if it asked for room
 
     def take(self) -> Tensor | None:
         """The next layer's past; None at the start of a video."""
         # A layer takes and then puts, so what was put so far counts the layers before this one.
         return None if self._past is None else self._past[len(self.future)]
 
+    def room(self, frames: int) -> Tensor | None:
+        """Where the next layer shall write its convolution's input, so many frames and the two past ones in
+        front; None: where it likes."""
+        layer = len(self.future)
+        self.inputs[layer] = 2 + frames
+        return None if self._rooms is None else self._rooms[layer][:, :, -(2 + frames) :]
+
     def put(self, future: Tensor) -> None:
+        if self._rooms is not None:
+            room = self._rooms[len(self.future)][:, :, -future.shape[2] :]
+            if future.data_ptr() != room.data_ptr():
+                room.copy_(future)  # a layer that asked for no room
+            future = room
         self.future.append(future)
 
 
@@ -138,12 +156,15 @@ class ResidualBlock(nn.Module):
         norm1, _, conv1, norm2, _, _, conv2 = cast(_Residual, tuple(self.residual))
         past = cursor.take()
         if isinstance(stream, Sum):
-            x, y = ops.add_norm_silu(*stream, norm1.gamma.flatten(), past)
+            room = cursor.room(stream.x.shape[2])
+            x, y = ops.add_norm_silu(*stream, norm1.gamma.flatten(), past, out=room)
         else:
-            x, y = stream, ops.norm_silu(stream, norm1.gamma.flatten(), past)
+            room = cursor.room(stream.shape[2])
+            x, y = stream, ops.norm_silu(stream, norm1.gamma.flatten(), past, out=room)
         cursor.put(y[:, :, -2:])
         y, bias = conv1.deferring_bias(y)
-        y = ops.norm_silu(y, norm2.gamma.flatten(), cursor.take(), bias)
+        room = cursor.room(y.shape[2])
+        y = ops.norm_silu(y, norm2.gamma.flatten(), cursor.take(), bias, out=room)
         cursor.put(y[:, :, -2:])
         y, bias = conv2.deferring_bias(y)
         return Sum(y, bias, self.shortcut(x))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
@@ -27,17 +28,52 @@ def _kernel(
 ) -> tuple[Tensor, Tensor]:
     from ..triton_kernels import vae
 
-    return vae.norm_silu(x, bias, shortcut, gamma, past, reference.EPS)
+    out = _empty(x)
+    return vae.norm_silu(x, bias, shortcut, gamma, past, out, reference.EPS), out
 
 
 @_kernel.register_fake
 def _(
     x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    ndhwc = torch.channels_last_3d
-    total = x.new_empty(0) if shortcut is None else torch.empty_like(x, memory_format=ndhwc)
+    return _total(x, shortcut), _empty(x)
+
+
+# As `_kernel`, but the second result goes where the caller wants it, its past maybe among it.
+@torch.library.custom_op("flashtalk_rt::norm_silu_into", mutates_args=("out",))
+def _kernel_into(
+    x: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    gamma: Tensor,
+    past: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    from ..triton_kernels import vae
+
+    return vae.norm_silu(x, bias, shortcut, gamma, past, out, reference.EPS)
+
+
+@_kernel_into.register_fake
+def _(
+    x: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    gamma: Tensor,
+    past: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    return _total(x, shortcut)
+
+
+def _empty(x: Tensor) -> Tensor:
     shape = (*x.shape[:2], x.shape[2] + 2, *x.shape[3:])
-    return total, torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=ndhwc)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+
+
+def _total(x: Tensor, shortcut: Tensor | None) -> Tensor:
+    ndhwc = torch.channels_last_3d
+    return x.new_empty(0) if shortcut is None else torch.empty_like(x, memory_format=ndhwc)
 
 
 def _plain(
@@ -52,7 +88,13 @@ differentiate_through(_kernel, _plain)
 
 
 def norm_silu(
-    x: Tensor, gamma: Tensor, past: Tensor | None, bias: Tensor | None = None, *, backend: str | None = None
+    x: Tensor,
+    gamma: Tensor,
+    past: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """[past, silu(n)] along time, n = y / |y| * sqrt(C) * gamma over the channels of y = x + bias.
 
@@ -61,12 +103,18 @@ def norm_silu(
     NDHWC on Triton.
 
     Its last two frames are the next call's past: slice them, no copy is needed.  The slice keeps all 2 + T
-    frames alive; copy it where that matters (a static buffer of a CUDA graph is such a copy, and must be one,
-    since the graph's own result is overwritten by its next replay).
+    frames alive; copy it where that matters.
+
+    out: where the result goes and what is returned, its frames NDHWC; without a gradient.  `past` may be the
+    last two frames that it holds, so a call after the other in one buffer needs no copy at all.
     """
     if backend_for(NORM_SILU, x.device, x.dtype, wanted=backend) == "triton":
-        return _kernel(x, bias, None, gamma, past)[1]  # type: ignore[no-any-return]
-    return reference.norm_silu(x, gamma, past, bias)
+        if out is None:
+            return _kernel(x, bias, None, gamma, past)[1]  # type: ignore[no-any-return]
+        _kernel_into(x, bias, None, gamma, past, checked("norm_silu: out", out, x, x.shape[2] + 2))
+        return out
+    found = reference.norm_silu(x, gamma, past, bias)
+    return found if out is None else out.copy_(found)
 
 
 def add_norm_silu(
@@ -76,12 +124,31 @@ def add_norm_silu(
     gamma: Tensor,
     past: Tensor | None,
     *,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum s = x + bias + shortcut, and `norm_silu` of it; shapes as there, shortcut and s like x."""
+    """The sum s = x + bias + shortcut, and `norm_silu` of it; all as there, shortcut and s like x."""
     if backend_for(ADD_NORM_SILU, x.device, x.dtype, wanted=backend) == "triton":
-        return _kernel(x, bias, shortcut, gamma, past)  # type: ignore[no-any-return]
-    return reference.add_norm_silu(x, bias, shortcut, gamma, past)
+        if out is None:
+            return _kernel(x, bias, shortcut, gamma, past)  # type: ignore[no-any-return]
+        return _kernel_into(
+            x, bias, shortcut, gamma, past, checked("norm_silu: out", out, x, x.shape[2] + 2)
+        ), out
+    total, found = reference.add_norm_silu(x, bias, shortcut, gamma, past)
+    return total, (found if out is None else out.copy_(found))
+
+
+def checked(name: str, out: Tensor, x: Tensor, frames: int) -> Tensor:
+    """`out`, if it can take so many frames that go with x: InputError unless each of its videos, which may
+    be slices of longer ones, lies in NDHWC."""
+    shape = (*x.shape[:2], frames, *x.shape[3:])
+    ndhwc = out[:1].is_contiguous(memory_format=torch.channels_last_3d)
+    if out.shape != shape or out.dtype != x.dtype or not ndhwc:
+        raise InputError(
+            f"{name} is {out.dtype} {list(out.shape)} of strides {out.stride()}; it must be {x.dtype} "
+            f"{list(shape)}, NDHWC"
+        )
+    return out
 
 
 def _case(

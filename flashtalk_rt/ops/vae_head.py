@@ -16,7 +16,7 @@ from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
 from .conv3d import conv3d
-from .norm_silu import add_norm_silu
+from .norm_silu import add_norm_silu, checked
 
 
 @torch.library.custom_op("flashtalk_rt::vae_head", mutates_args=())
@@ -32,7 +32,9 @@ def _kernel(
 ) -> tuple[Tensor, Tensor]:
     from ..triton_kernels import vae
 
-    return vae.head(x, bias, shortcut, gamma, past, weight, out_bias, clamp, reference.EPS)
+    future = _future(x)
+    frames = vae.head(x, bias, shortcut, gamma, past, weight, out_bias, clamp, future, reference.EPS)
+    return frames, future
 
 
 @_kernel.register_fake
@@ -46,14 +48,49 @@ def _(
     out_bias: Tensor,
     clamp: bool,
 ) -> tuple[Tensor, Tensor]:
-    batch, channels, frames, height, width = x.shape
-    future = torch.empty(
-        (batch, channels, 2, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last_3d,
-    )
-    return x.new_empty((batch, weight.shape[0], frames, height, width)), future
+    return _frames(x, weight), _future(x)
+
+
+# As `_kernel`, but the future goes where the caller wants it, over the past maybe.
+@torch.library.custom_op("flashtalk_rt::vae_head_into", mutates_args=("future",))
+def _kernel_into(
+    x: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor,
+    gamma: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    out_bias: Tensor,
+    clamp: bool,
+    future: Tensor,
+) -> Tensor:
+    from ..triton_kernels import vae
+
+    return vae.head(x, bias, shortcut, gamma, past, weight, out_bias, clamp, future, reference.EPS)
+
+
+@_kernel_into.register_fake
+def _(
+    x: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor,
+    gamma: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    out_bias: Tensor,
+    clamp: bool,
+    future: Tensor,
+) -> Tensor:
+    return _frames(x, weight)
+
+
+def _frames(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]))
+
+
+def _future(x: Tensor) -> Tensor:
+    shape = (*x.shape[:2], 2, *x.shape[3:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
 
 
 differentiate_through(_kernel, reference.vae_head)
@@ -69,6 +106,7 @@ def vae_head(
     out_bias: Tensor,
     clamp: bool,
     *,
+    future: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(frames, future): the convolution of `add_norm_silu`'s result, and that input's last two frames.
@@ -76,14 +114,21 @@ def vae_head(
     x, bias, shortcut, gamma and past as in `add_norm_silu`; weight [O, C, 3, 3, 3] and out_bias [O], O a few
     (a pixel's 9 O contributions stay in registers); clamp: to [-1, 1].  Returns frames [B, O, T, H, W] and
     the next call's past [B, C, 2, H, W], in x's dtype.
+
+    future: where that past goes and what is returned, its frames NDHWC; without a gradient.  It may be
+    `past`.
     """
     if backend_for(SPEC, x.device, x.dtype, wanted=backend) == "triton":
         # Under autocast the parameters are wider than the activations.
         weight, out_bias = weight.to(x.dtype), out_bias.to(x.dtype)
-        return _kernel(x, bias, shortcut, gamma, past, weight, out_bias, clamp)  # type: ignore[no-any-return]
+        if future is None:
+            return _kernel(x, bias, shortcut, gamma, past, weight, out_bias, clamp)  # type: ignore[no-any-return]
+        checked("vae_head: future", future, x, 2)
+        return _kernel_into(x, bias, shortcut, gamma, past, weight, out_bias, clamp, future), future
     _, y = add_norm_silu(x, bias, shortcut, gamma, past, backend=backend)
     frames = conv3d(y, weight, out_bias, padding=(0, 1, 1))
-    return (frames.clamp(-1, 1) if clamp else frames), y[:, :, -2:]
+    last = y[:, :, -2:]
+    return (frames.clamp(-1, 1) if clamp else frames), (last if future is None else future.copy_(last))
 
 
 def _case(
