@@ -28,6 +28,7 @@ from flashtalk_rt.ops.chunk_attention import FLASH, MEASURED_TFLOPS, SPEC
 
 # The package's `ops.chunk_attention` is the function.
 module = sys.modules["flashtalk_rt.ops.chunk_attention"]
+cuda = sys.modules["flashtalk_rt.ops.chunk_attention_cuda"]
 
 H100 = Situation("cuda", torch.bfloat16, 128, capability=(9, 0), cudnn_version=91002)
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -354,8 +355,8 @@ def test_triton_serves_float32_and_sdpa_the_rest(installed: set[str]) -> None:
 
 
 def test_the_cuda_kernel_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "extension", lambda: types.ModuleType("flashtalk_rt._C"))
-    assert module._cuda(H100) is None
+    monkeypatch.setattr(cuda, "extension", lambda: types.ModuleType("flashtalk_rt._C"))
+    assert cuda.supports(H100) is None
     for change, reason in (
         ({"device_type": "cpu"}, "needs a CUDA device, this is cpu"),
         ({"capability": (10, 0)}, "needs sm_90, this is (10, 0)"),
@@ -364,9 +365,9 @@ def test_the_cuda_kernel_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> 
         ({"key_mask": True}, "takes no bias and no length of the keys"),
         ({"grad": True}, "has no gradient"),
     ):
-        assert module._cuda(dataclasses.replace(H100, **change)) == reason
-    monkeypatch.setattr(module, "extension", lambda: "flashtalk_rt._C is not built")
-    assert module._cuda(H100) == "flashtalk_rt._C is not built"
+        assert cuda.supports(dataclasses.replace(H100, **change)) == reason
+    monkeypatch.setattr(cuda, "extension", lambda: "flashtalk_rt._C is not built")
+    assert cuda.supports(H100) == "flashtalk_rt._C is not built"
 
 
 def test_a_result_that_must_be_differentiable_is_asked_for_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,7 +494,7 @@ def test_what_the_copy_engine_takes_is_not_copied(layout: str) -> None:
         "unaligned": torch.zeros(2 * 5 * 2 * 128 + 1)[1:].view(2, 5, 2, 128),
         "one head": torch.zeros(2, 5, 1, 128).as_strided((2, 5, 1, 128), (640, 128, 3, 1)),
     }[layout]
-    taken = module._copyable(x)
+    taken = cuda.copyable(x)
     assert (taken is x) == (layout in ("a slice", "heads in front", "one head"))
     assert torch.equal(taken, x) and taken.data_ptr() % 16 == 0 and taken.stride(-1) == 1
 
@@ -534,14 +535,14 @@ def kernel() -> Callable[..., Tensor]:
     """The CUDA kernel with a number of keys a tile; without one, through the op.  Empty memory is NaN."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is sm_90's")
-    if isinstance(found := module.extension(), str):
+    if isinstance(found := cuda.extension(), str):
         pytest.skip(found)
 
     def run(q: Tensor, k: Tensor, v: Tensor, tile_keys: int | None = None, **options: Any) -> Tensor:
         if tile_keys is None:
             return ops.chunk_attention(q, k, v, backend="cuda", **options)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        out: Tensor = module._launch(q, k, v, tile_keys)
+        out: Tensor = cuda.launch(q, k, v, tile_keys)
         torch.use_deterministic_algorithms(False)
         return out
 
@@ -617,7 +618,7 @@ def test_the_cuda_kernel_writes_its_output_and_nothing_else(
     expected = kernel(q, k, v, tile_keys)
     around = torch.full((3, *expected.shape), 7.0, dtype=torch.bfloat16, device="cuda")
     stride = dict.fromkeys(("q_strides", "k_strides", "v_strides"), q.stride()[:3])
-    module.extension().chunk_attention(
+    cuda.extension().chunk_attention(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=around[1].data_ptr(), **stride,
         batch=2, length=201, keys=201, heads=3, tile_keys=tile_keys, device=torch.cuda.current_device(),
         stream=torch.cuda.current_stream().cuda_stream,

@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import InputError
+from . import chunk_attention_cuda as cuda
 from . import reference
 from ._dispatch import TRITON, Backend, Case, OpSpec, Situation, backend_for
-from .slice_conv import extension
 
 MAX_HEAD_DIM = 128  # of every backend but sdpa
-CUDA_HEAD_DIM = 128  # the one that the CUDA kernel is written for
 
 # TFLOP/s of the unmasked bfloat16 forward pass by number of heads, at 12,096 tokens and head dimension 128,
 # on one H100 80GB with torch 2.11, CUDA 13 and flash-attn-4 4.0.0b36 (shared/design/performance.md).  It
@@ -104,31 +102,13 @@ def _triton(situation: Situation) -> str | None:
     return reason
 
 
-def _cuda(situation: Situation) -> str | None:
-    reason = _half_precision(situation)
-    if reason is not None:
-        return reason
-    if situation.capability != (9, 0):
-        return f"needs sm_90, this is {situation.capability}"
-    if situation.dtype != torch.bfloat16:
-        return f"needs bfloat16, this is {situation.dtype}"
-    if situation.head_dim != CUDA_HEAD_DIM:
-        return f"needs a head dimension of {CUDA_HEAD_DIM}, this is {situation.head_dim}"
-    if situation.key_mask:
-        return "takes no bias and no length of the keys"
-    if situation.grad:
-        return "has no gradient"
-    found = extension()
-    return found if isinstance(found, str) else None
-
-
 def _backends() -> tuple[Backend, ...]:
     """What is measured, the fastest first; then what is not; sdpa, which torch decides on, last."""
     supports = {
         **{name: _flash(name) for name in FLASH},
         "cudnn": _cudnn,
         "triton": _triton,
-        "cuda": _cuda,
+        "cuda": cuda.supports,
         "sdpa": lambda situation: None,
     }
     speed = MEASURED_TFLOPS[40]
@@ -210,51 +190,6 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 
 _kernel.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("flashtalk_rt::chunk_attention_cuda", mutates_args=(), device_types="cuda")
-def _cuda_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _launch(q, k, v)
-
-
-@_cuda_kernel.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def _launch(q: Tensor, k: Tensor, v: Tensor, tile_keys: int = 0) -> Tensor:
-    """csrc/api/chunk_attention.h; `tile_keys`: keys a tile as a variant has them, 0 for the preferred one."""
-    module = extension()
-    if isinstance(module, str):
-        raise InputError(f"chunk_attention: {module}")
-    batch, length, heads, _ = q.shape
-    out = q.new_empty(q.shape)
-    if out.numel() == 0:
-        return out
-    tensors = {"q": _copyable(q), "k": _copyable(k), "v": _copyable(v)}
-    with torch.cuda.device(q.device):
-        module.chunk_attention(
-            **{name: x.data_ptr() for name, x in tensors.items()},
-            **{f"{name}_strides": x.stride()[:3] for name, x in tensors.items()},
-            out=out.data_ptr(),
-            batch=batch,
-            length=length,
-            keys=k.shape[1],
-            heads=heads,
-            tile_keys=tile_keys,
-            device=q.device.index,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
-    return out
-
-
-def _copyable(x: Tensor) -> Tensor:
-    """x as the copy engine takes it, else a copy: contiguous columns, all else at multiples of 16 bytes."""
-    strides = zip(x.shape[:3], x.stride()[:3], strict=True)
-    aligned = all(size == 1 or (step > 0 and step % 8 == 0) for size, step in strides)
-    if aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 # --- the public op ---------------------------------------------------------------------------------
@@ -349,7 +284,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) 
         out = _flash_function(backend)(q, k, v)
         return out[0] if isinstance(out, tuple) else out  # some releases add the log-sum-exp
     if backend == "cuda":
-        ours: Tensor = _cuda_kernel(q, k, v)
+        ours: Tensor = cuda.kernel(q, k, v)
         return ours
     if backend == "cudnn" and k.shape[1] > 1:  # torch refuses cuDNN a single key
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
