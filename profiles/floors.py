@@ -132,7 +132,7 @@ def convolution_ms(
     """One convolution without bias, channels-last, its temporal context already in the input: by torch, or by
     the fastest of `others` that take it.
 
-    Those are functions of x [1, C, T, H, W] and weight [O, C, kt, k, k] that pad the picture to keep its size.
+    Those are functions of x [1, C, T, H, W] and weight [O, C, kt, k, k] which keep the picture's size.
     """
     c = convolution
     frames = (c.frames - 1) * c.stride[0] + c.kernel[0]
