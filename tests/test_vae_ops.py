@@ -267,6 +267,24 @@ def test_the_kernels_make_the_same_vae(request: pytest.FixtureRequest) -> None:
         assert relative(out, exact) < 1e-5 if exact.abs().max() > 0 else not out.any()
 
 
+@torch.no_grad()
+def test_sliced_convolutions_add_what_they_can(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `ops.slice_conv` serves, no sum is left to a norm, to the head or to a pass of its own."""
+    vae = random_vae().prepare()
+    z, video = normal(1, 16, 4, 2, 3), normal(1, 3, 5, 16, 24, seed=1).tanh()
+    expected = through(vae, z, video)
+    request.getfixturevalue("fused")
+    monkeypatch.setattr(ops, "slice_conv_wins", lambda x, weight: weight.shape[2] == 3)
+    sums: list[Tensor] = []
+    for name in ("add_residual", "add_norm_silu"):
+        monkeypatch.setattr(ops, name, lambda *args, **_: sums.append(args[0]))
+    for out, exact in zip(through(vae, z, video), expected, strict=True):
+        assert relative(out, exact) < 1e-5 if exact.abs().max() > 0 else not out.any()
+    assert not sums
+
+
 @pytest.mark.parametrize("kernels", [False, True])
 @torch.no_grad()
 def test_decoding_in_rooms_is_decoding(kernels: bool, request: pytest.FixtureRequest) -> None:

@@ -121,7 +121,7 @@ def head_taps_kernel(
     x, bias, shortcut, gamma, past, weight, taps, future,
     pixels, frames, past_batch_stride, future_batch_stride, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, FAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SHORTCUT: tl.constexpr, HAS_PAST: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels through all frames: what each contributes to its neighbours, summed over time.
 
@@ -157,7 +157,8 @@ def head_taps_kernel(
         tl.store(kept, tl.zeros((BLOCK_P, BLOCK_C), future.dtype.element_ty), mask=mask)
     for t in range(frames):
         frame = batch * frames + t
-        row = load_sum(x, bias, shortcut, frame * pixels * C + offsets, columns, mask, C, HAS_BIAS, True)
+        place = frame * pixels * C + offsets
+        row = load_sum(x, bias, shortcut, place, columns, mask, C, HAS_BIAS, HAS_SHORTCUT)
         row = rms_silu(row, gamma, columns, eps, C, FAST).to(x.dtype.element_ty)
         done = tl.dot(row, third, older, input_precision="ieee")
         older = tl.dot(row, second, newer, input_precision="ieee")
@@ -244,24 +245,27 @@ def interleave(phases: Tensor, bias: Tensor) -> Tensor:
 
 
 def head(
-    x: Tensor, bias: Tensor | None, shortcut: Tensor, gamma: Tensor, past: Tensor | None,
+    x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None,
     weight: Tensor, out_bias: Tensor, clamp: bool, future: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
     """Launch `head_taps_kernel` and `head_sum_kernel`; arguments as `ops.vae_head`, `future` with NDHWC
     frames.  Returns the frames."""
     batch, channels, frames, height, width = x.shape
     outputs, pixels = weight.shape[0], height * width
-    x, shortcut = (v.contiguous(memory_format=NDHWC) for v in (x, shortcut))
+    x = x.contiguous(memory_format=NDHWC)
+    shortcut = shortcut if shortcut is None else shortcut.contiguous(memory_format=NDHWC)
     past = _past(past)
     columns = 9 * outputs
     packed = weight.permute(2, 1, 3, 4, 0).reshape(3, channels, columns).contiguous()
     taps = x.new_empty((batch, frames, columns, pixels), dtype=torch.float32)
     head_taps_kernel[(triton.cdiv(pixels, HEAD_PIXELS), batch)](
-        x, x if bias is None else bias, shortcut, gamma, x if past is None else past, packed, taps, future,
+        x, x if bias is None else bias, x if shortcut is None else shortcut, gamma,
+        x if past is None else past, packed, taps, future,
         pixels, frames, 0 if past is None else past.stride(0), future.stride(0), eps,
         C=channels, BLOCK_C=max(16, triton.next_power_of_2(channels)),
         N=columns, BLOCK_N=max(16, triton.next_power_of_2(columns)), BLOCK_P=HEAD_PIXELS,
-        HAS_BIAS=bias is not None, HAS_PAST=past is not None, FAST=x.is_cuda, num_stages=2,
+        HAS_BIAS=bias is not None, HAS_SHORTCUT=shortcut is not None, HAS_PAST=past is not None,
+        FAST=x.is_cuda, num_stages=2,
     )  # fmt: skip
     out = x.new_empty((batch, outputs, frames, height, width))
     block = 512
@@ -319,8 +323,9 @@ KERNELS = (
     *(
         _specialized(
             head_taps_kernel, num_stages=2, C=96, BLOCK_C=128, N=27, BLOCK_N=32, BLOCK_P=HEAD_PIXELS,
-            HAS_BIAS=True, HAS_PAST=has_past, FAST=True,
+            HAS_BIAS=has_sum, HAS_SHORTCUT=has_sum, HAS_PAST=has_past, FAST=True,
         )
+        for has_sum in (False, True)
         for has_past in (False, True)
     ),
     *(_specialized(head_sum_kernel, OUT=3, BLOCK=512, CLAMP=clamp) for clamp in (False, True)),

@@ -101,11 +101,11 @@ class Decoder(nn.Module):
         stream: Tensor | Sum = self.conv1(with_past(x, cursor))
         for layers in (self.middle, self.upsamples):
             stream = run(layers, stream, cursor)
-        assert isinstance(stream, Sum)  # the last level ends in residual blocks
+        y, bias, shortcut = stream if isinstance(stream, Sum) else (stream, None, None)
         norm, _, conv = cast(_Head, tuple(self.head))
         past, room = cursor.take(), cursor.room(0)
         frames, future = ops.vae_head(
-            *stream, norm.gamma.flatten(), past, conv.weight, conv.bias, clamp, future=room
+            y, bias, shortcut, norm.gamma.flatten(), past, conv.weight, conv.bias, clamp, future=room
         )
         cursor.put(future)
         return frames

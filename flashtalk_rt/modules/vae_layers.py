@@ -91,14 +91,24 @@ class Conv3d(nn.Conv3d):
         y = ops.conv3d(x, self.weight, None, self.stride, self.padding)  # type: ignore[arg-type]
         return y, self.bias.to(y.dtype)  # under autocast the parameters are wider
 
-    def _sliced(self, x: Tensor) -> Tensor | None:
-        """With bias, where `ops.slice_conv` is the faster one."""
+    def adding(self, x: Tensor, shortcut: Tensor) -> Tensor | Sum:
+        """The convolution plus `shortcut`, which `ops.slice_conv` adds where it serves."""
+        y = self._sliced(x, shortcut)
+        return Sum(*self.deferring_bias(x), shortcut) if y is None else y
+
+    def _sliced(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
+        """With bias and shortcut, where `ops.slice_conv` is the faster one."""
         side = self.kernel_size[2] // 2
         if self.stride != (1, 1, 1) or self.padding != (0, side, side):
             return None
         if not ops.slice_conv_wins(x, self.weight):
             return None
-        y = ops.slice_conv(x[0].permute(1, 2, 3, 0), self.weight.permute(0, 2, 3, 4, 1), self.bias)
+        y = ops.slice_conv(
+            x[0].permute(1, 2, 3, 0),
+            self.weight.permute(0, 2, 3, 4, 1),
+            self.bias,
+            None if shortcut is None else shortcut[0].permute(1, 2, 3, 0),
+        )
         return y.permute(3, 0, 1, 2)[None]
 
 
@@ -113,7 +123,7 @@ class CausalConv3d(Conv3d):
 
 
 class Sum(NamedTuple):
-    """What a residual block leaves to whoever reads it: x + bias + shortcut, which a norm adds on its way."""
+    """What a residual block may leave to its reader: x + bias + shortcut, which a norm adds on its way."""
 
     x: Tensor
     bias: Tensor | None
@@ -152,7 +162,7 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
-    def forward(self, stream: Tensor | Sum, cursor: CacheCursor) -> Sum:
+    def forward(self, stream: Tensor | Sum, cursor: CacheCursor) -> Tensor | Sum:
         norm1, _, conv1, norm2, _, _, conv2 = cast(_Residual, tuple(self.residual))
         past = cursor.take()
         if isinstance(stream, Sum):
@@ -166,8 +176,7 @@ class ResidualBlock(nn.Module):
         room = cursor.room(y.shape[2])
         y = ops.norm_silu(y, norm2.gamma.flatten(), cursor.take(), bias, out=room)
         cursor.put(y[:, :, -2:])
-        y, bias = conv2.deferring_bias(y)
-        return Sum(y, bias, self.shortcut(x))
+        return conv2.adding(y, self.shortcut(x))
 
 
 class SpatialAttention(nn.Module):

@@ -65,11 +65,14 @@ def interleave(phases: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def vae_head(
-    x: Tensor, bias: Tensor | None, shortcut: Tensor, gamma: Tensor, past: Tensor | None,
+    x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None,
     weight: Tensor, out_bias: Tensor, clamp: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The convolution of [past, silu(RMSNorm(x + bias + shortcut))], and that input's last two frames."""
-    _, y = add_norm_silu(x, bias, shortcut, gamma, past)
+    if shortcut is None:
+        y = norm_silu(x, gamma, past, bias)
+    else:
+        _, y = add_norm_silu(x, bias, shortcut, gamma, past)
     out = F.conv3d(y, weight, out_bias, padding=(0, 1, 1))
     return (out.clamp(-1, 1) if clamp else out), y[:, :, -2:]
 

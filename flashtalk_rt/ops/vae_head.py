@@ -16,14 +16,14 @@ from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
 from .conv3d import conv3d
-from .norm_silu import add_norm_silu, checked
+from .norm_silu import add_norm_silu, checked, norm_silu
 
 
 @torch.library.custom_op("flashtalk_rt::vae_head", mutates_args=())
 def _kernel(
     x: Tensor,
     bias: Tensor | None,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     gamma: Tensor,
     past: Tensor | None,
     weight: Tensor,
@@ -41,7 +41,7 @@ def _kernel(
 def _(
     x: Tensor,
     bias: Tensor | None,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     gamma: Tensor,
     past: Tensor | None,
     weight: Tensor,
@@ -56,7 +56,7 @@ def _(
 def _kernel_into(
     x: Tensor,
     bias: Tensor | None,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     gamma: Tensor,
     past: Tensor | None,
     weight: Tensor,
@@ -73,7 +73,7 @@ def _kernel_into(
 def _(
     x: Tensor,
     bias: Tensor | None,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     gamma: Tensor,
     past: Tensor | None,
     weight: Tensor,
@@ -99,7 +99,7 @@ differentiate_through(_kernel, reference.vae_head)
 def vae_head(
     x: Tensor,
     bias: Tensor | None,
-    shortcut: Tensor,
+    shortcut: Tensor | None,
     gamma: Tensor,
     past: Tensor | None,
     weight: Tensor,
@@ -111,9 +111,9 @@ def vae_head(
 ) -> tuple[Tensor, Tensor]:
     """(frames, future): the convolution of `add_norm_silu`'s result, and that input's last two frames.
 
-    x, bias, shortcut, gamma and past as in `add_norm_silu`; weight [O, C, 3, 3, 3] and out_bias [O], O a few
-    (a pixel's 9 O contributions stay in registers); clamp: to [-1, 1].  Returns frames [B, O, T, H, W] and
-    the next call's past [B, C, 2, H, W], in x's dtype.
+    x, bias, shortcut (or None), gamma and past as in `add_norm_silu`; weight [O, C, 3, 3, 3] and out_bias
+    [O], O a few (a pixel's 9 O contributions stay in registers); clamp: to [-1, 1].  Returns frames
+    [B, O, T, H, W] and the next call's past [B, C, 2, H, W], in x's dtype.
 
     future: where that past goes and what is returned, its frames NDHWC; without a gradient.  It may be
     `past`.
@@ -125,14 +125,26 @@ def vae_head(
             return _kernel(x, bias, shortcut, gamma, past, weight, out_bias, clamp)  # type: ignore[no-any-return]
         checked("vae_head: future", future, x, 2)
         return _kernel_into(x, bias, shortcut, gamma, past, weight, out_bias, clamp, future), future
-    _, y = add_norm_silu(x, bias, shortcut, gamma, past, backend=backend)
+    if shortcut is None:
+        y = norm_silu(x, gamma, past, bias, backend=backend)
+    else:
+        _, y = add_norm_silu(x, bias, shortcut, gamma, past, backend=backend)
     frames = conv3d(y, weight, out_bias, padding=(0, 1, 1))
     last = y[:, :, -2:]
     return (frames.clamp(-1, 1) if clamp else frames), (last if future is None else future.copy_(last))
 
 
 def _case(
-    batch: int, channels: int, frames: int, height: int, width: int, *, past: bool, bias: bool, clamp: bool
+    batch: int,
+    channels: int,
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    past: bool,
+    bias: bool,
+    clamp: bool,
+    shortcut: bool = True,
 ) -> Case:
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:
         def normal(*shape: int) -> Tensor:
@@ -144,7 +156,7 @@ def _case(
         return {
             "x": video(frames),
             "bias": normal(channels).to(dtype) if bias else None,
-            "shortcut": video(frames),
+            "shortcut": video(frames) if shortcut else None,
             "gamma": (1 + 0.2 * normal(channels)).to(dtype),
             "past": video(2) if past else None,
             "weight": (normal(3, channels, 3, 3, 3) / (27 * channels) ** 0.5).to(dtype),
@@ -152,7 +164,8 @@ def _case(
             "clamp": clamp,
         }
 
-    parts = [name for name, on in (("past", past), ("bias", bias), ("clamp", clamp)) if on]
+    on = {"past": past, "bias": bias, "clamp": clamp, "no shortcut": not shortcut}
+    parts = [name for name, present in on.items() if present]
     return Case(f"{batch}x{channels}x{frames}x{height}x{width} {' '.join(parts)}".strip(), make)
 
 
@@ -165,6 +178,7 @@ SPEC = OpSpec(
         _case(2, 12, 4, 5, 7, past=True, bias=True, clamp=True),
         _case(1, 96, 1, 7, 11, past=True, bias=True, clamp=False),
         _case(1, 7, 1, 3, 5, past=False, bias=False, clamp=False),
+        _case(1, 12, 2, 3, 5, past=True, bias=False, clamp=True, shortcut=False),
     ),
     workload=_case(1, 96, 4, 768, 448, past=True, bias=True, clamp=True),
     gradients=("x", "bias", "shortcut", "gamma", "past", "weight", "out_bias"),
