@@ -214,7 +214,7 @@ def forward(
 
 
 HELPERS = ("attend", "load_tile")
-_CONSTANTS = ("D", "BLOCK_M", "BLOCK_N", "BLOCK_D", "HAS_LENGTH", "HAS_BIAS")
+_CONSTANTS = ("D", "BLOCK_M", "BLOCK_N", "BLOCK_D", "HAS_LENGTH", "HAS_BIAS", "EXACT")
 
 
 def types(kernel: triton.JITFunction, size: int) -> dict[str, str]:
@@ -228,13 +228,14 @@ def types(kernel: triton.JITFunction, size: int) -> dict[str, str]:
 
 
 def specializations(
-    kernel: triton.JITFunction, table: Mapping[tuple[int, int], Tile]
+    kernel: triton.JITFunction, table: Mapping[tuple[int, int], Tile], **more: bool
 ) -> Iterator[Specialization]:
-    """The forms of a kernel: each of its tiles with a key length and a bias, the model's also without."""
+    """The forms of a kernel: each of its tiles with a key length and a bias, the model's also without.
+    `more`: further constants."""
     for (width, size), tile in table.items():
         for extras in (True, False) if (width, size) == (128, 2) else (True,):
             values = (width, tile.queries, tile.keys, width, extras, extras)
-            constants = dict(zip(_CONSTANTS, values, strict=True))
+            constants = {**dict(zip(_CONSTANTS, values, strict=False)), **more}
             yield Specialization(kernel, types(kernel, size), constants, tile.num_warps, tile.num_stages)
 
 

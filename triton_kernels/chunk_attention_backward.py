@@ -5,6 +5,9 @@ gradient is p (g v^T - delta) with delta = g . o.  One kernel holds a tile of ke
 that see it (dk, dv and the bias's), another holds a tile of queries and walks the keys they see (dq).
 Neither kind of tile spans two chunks, so no tile outside the mask is visited.  No atomics: the same inputs
 give the same bits.
+
+The stored o is rounded; with it, the bias's gradient, a sum over all queries, erred twice as much as eager's
+in bfloat16 on an H100.  Where it is wanted, delta is p . (g v^T), for two more products a tile.
 """
 
 from __future__ import annotations
@@ -171,19 +174,10 @@ def walk_keys(
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add keys first..last to the gradient of a tile of queries; `k`, `v` and `bias` point at `first`."""
-    SCALE: tl.constexpr = D**-0.5 * LOG2E
-    columns = tl.arange(0, BLOCK_N)
     for start in tl.range(first, last, BLOCK_N, num_stages=1 if MASKED else None):
-        inside = columns < last - start
-        keys = load_tile(k, k_row, last - start, BLOCK_N, D, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * SCALE
-        if HAS_BIAS:
-            scores += tl.load(bias + columns, mask=inside, other=0.0)[None, :] * LOG2E
-        weights = tl.math.exp2(scores - top[:, None])
-        if MASKED:
-            weights = tl.where(inside[None, :], weights, 0.0)
-        values = load_tile(v, v_row, last - start, BLOCK_N, D, BLOCK_D, MASKED)
-        dweights = tl.dot(grad, tl.trans(values), input_precision="ieee")
+        keys, weights, dweights = weigh_keys(
+            q, grad, top, k, v, bias, k_row, v_row, last - start, BLOCK_N, D, BLOCK_D, HAS_BIAS, MASKED
+        )
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(keys.dtype), keys, dq, input_precision="ieee")
         k += BLOCK_N * k_row
@@ -193,15 +187,56 @@ def walk_keys(
 
 
 @triton.jit
+def sum_keys(
+    delta, q, grad, top, k, v, bias, k_row, v_row, first, last,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add keys first..last to the delta of a tile of queries: of what was never rounded."""
+    for start in tl.range(first, last, BLOCK_N, num_stages=1 if MASKED else None):
+        _, weights, dweights = weigh_keys(
+            q, grad, top, k, v, bias, k_row, v_row, last - start, BLOCK_N, D, BLOCK_D, HAS_BIAS, MASKED
+        )
+        delta += tl.sum(weights * dweights, 1)
+        k += BLOCK_N * k_row
+        v += BLOCK_N * v_row
+        bias += BLOCK_N
+    return delta
+
+
+@triton.jit
+def weigh_keys(
+    q, grad, top, k, v, bias, k_row, v_row, rows,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of `rows` keys (BLOCK_N without MASKED), the weights of a tile of queries and their gradient."""
+    SCALE: tl.constexpr = D**-0.5 * LOG2E
+    columns = tl.arange(0, BLOCK_N)
+    keys = load_tile(k, k_row, rows, BLOCK_N, D, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * SCALE
+    if HAS_BIAS:
+        scores += tl.load(bias + columns, mask=columns < rows, other=0.0)[None, :] * LOG2E
+    weights = tl.math.exp2(scores - top[:, None])
+    if MASKED:
+        weights = tl.where((columns < rows)[None, :], weights, 0.0)
+    values = load_tile(v, v_row, rows, BLOCK_N, D, BLOCK_D, MASKED)
+    return keys, weights, tl.dot(grad, tl.trans(values), input_precision="ieee")
+
+
+@triton.jit
 def queries_kernel(
     q, k, v, key_length, bias, grad, lse, delta, dq,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     grad_batch, grad_row, grad_head, bias_batch,
     heads, length, keys, chunk_queries, chunk_keys, chunk_tiles,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dq for one tile of queries of one head, over the keys that `forward_kernel` showed it."""
+    """dq for one tile of queries of one head, over the keys that `forward_kernel` showed it.
+
+    EXACT: delta is computed and stored, not read.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64) // heads
     head = tl.program_id(1).to(tl.int64) % heads
@@ -223,10 +258,22 @@ def queries_kernel(
                       grad_row, rows, BLOCK_M, D, BLOCK_D, True)  # fmt: skip
     at = (batch * heads + head) * length + first + r
     top = tl.load(lse + at, mask=r < rows, other=float("inf")) * LOG2E
-    drop = tl.load(delta + at, mask=r < rows, other=0.0)
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
     bias += batch * bias_batch
+    if EXACT:
+        drop = tl.zeros((BLOCK_M,), tl.float32)
+        drop = sum_keys(
+            drop, queries, grads, top, k, v, bias, k_row, v_row, 0, whole,
+            BLOCK_N, D, BLOCK_D, HAS_BIAS, False,
+        )  # fmt: skip
+        drop = sum_keys(
+            drop, queries, grads, top, k + whole.to(tl.int64) * k_row, v + whole.to(tl.int64) * v_row,
+            bias + whole, k_row, v_row, whole, seen, BLOCK_N, D, BLOCK_D, HAS_BIAS, True,
+        )  # fmt: skip
+        tl.store(delta + at, drop, mask=r < rows)
+    else:
+        drop = tl.load(delta + at, mask=r < rows, other=0.0)
     dq_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_sum = walk_keys(
         dq_sum, queries, grads, top, drop, k, v, bias, k_row, v_row, 0, whole,
@@ -253,11 +300,12 @@ def backward(
     out: Tensor,
     lse: Tensor,
     chunk_tokens: int | None,
+    bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the three kernels: grad [B, L, H, D] is out's gradient, the rest is `chunk_attention.forward`'s.
+    """Launch the kernels: grad [B, L, H, D] is out's gradient, the rest is `chunk_attention.forward`'s.
 
     Returns contiguous dq, dk and dv, shaped and typed as q, k and v, and the bias's gradient [B, M] float32,
-    empty without a bias.
+    empty without `bias_gradient`, which takes a bias.
     """
     batch, length, heads, width = q.shape
     keys = k.shape[1]
@@ -270,9 +318,10 @@ def backward(
     block_d = max(16, triton.next_power_of_2(width))
     size = block_d, q.element_size()
 
-    delta_kernel[triton.cdiv(length, DELTA_ROWS), batch * heads](
-        out, grad, delta, *strides(grad), heads, length, D=width, BLOCK_M=DELTA_ROWS, BLOCK_D=block_d
-    )
+    if not bias_gradient:
+        delta_kernel[triton.cdiv(length, DELTA_ROWS), batch * heads](
+            out, grad, delta, *strides(grad), heads, length, D=width, BLOCK_M=DELTA_ROWS, BLOCK_D=block_d
+        )
     inputs = q, k, v, q if key_length is None else key_length, q if key_bias is None else key_bias
     steps = (
         *strides(q), *strides(k), *strides(v), *strides(grad),
@@ -280,23 +329,25 @@ def backward(
     )  # fmt: skip
     keys_tile = fit(KEYS[size], length, min(chunks.keys, keys))
     queries_tile = fit(QUERIES[size], min(chunks.queries, length), keys)
-    for kernel, tile, total, chunk, held, outputs in (
-        (keys_kernel, keys_tile, keys, chunks.keys, keys_tile.keys, (dk, dv, dbias)),
-        (queries_kernel, queries_tile, length, chunks.queries, queries_tile.queries, (dq,)),
+    exact = {"EXACT": bias_gradient}  # then `queries_kernel` writes the delta that `keys_kernel` reads
+    for kernel, tile, total, chunk, held, outputs, more in (
+        (queries_kernel, queries_tile, length, chunks.queries, queries_tile.queries, (dq,), exact),
+        (keys_kernel, keys_tile, keys, chunks.keys, keys_tile.keys, (dk, dv, dbias), {}),
     ):
         chunk_tiles = triton.cdiv(chunk, held)
         kernel[triton.cdiv(total, chunk) * chunk_tiles, batch * heads](
             *inputs, grad, lse, delta, *outputs, *steps, chunk_tiles,
             D=width, BLOCK_M=tile.queries, BLOCK_N=tile.keys, BLOCK_D=block_d,
-            HAS_LENGTH=key_length is not None, HAS_BIAS=key_bias is not None,
+            HAS_LENGTH=key_length is not None, HAS_BIAS=key_bias is not None, **more,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return dq, dk, dv, dbias.sum(1) if key_bias is not None else dbias
+    return dq, dk, dv, dbias.sum(1) if bias_gradient else lse.new_empty(0)
 
 
-HELPERS = ("walk_keys", "walk_queries")
+HELPERS = ("sum_keys", "walk_keys", "walk_queries", "weigh_keys")
 KERNELS = (
     Specialization(delta_kernel, types(delta_kernel, 2), {"D": 128, "BLOCK_M": DELTA_ROWS, "BLOCK_D": 128}),
     *specializations(keys_kernel, KEYS),
-    *specializations(queries_kernel, QUERIES),
+    *specializations(queries_kernel, QUERIES, EXACT=False),
+    *specializations(queries_kernel, QUERIES, EXACT=True),
 )

@@ -156,10 +156,11 @@ def _kernel_backward(
     out: Tensor,
     lse: Tensor,
     chunk_tokens: int | None,
+    bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..triton_kernels import chunk_attention_backward as kernels
 
-    return kernels.backward(grad, q, k, v, key_length, key_bias, out, lse, chunk_tokens)
+    return kernels.backward(grad, q, k, v, key_length, key_bias, out, lse, chunk_tokens, bias_gradient)
 
 
 @_kernel_backward.register_fake
@@ -173,8 +174,9 @@ def _(
     out: Tensor,
     lse: Tensor,
     chunk_tokens: int | None,
+    bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dbias = lse.new_empty(0 if key_bias is None else key_bias.shape)
+    dbias = lse.new_empty(key_bias.shape if key_bias is not None and bias_gradient else 0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
@@ -185,8 +187,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, dbias = _kernel_backward(grad, *ctx.saved_tensors, ctx.chunk_tokens)
-    return dq, dk, dv, None, dbias if ctx.needs_input_grad[4] else None, None
+    wanted = ctx.needs_input_grad[4]
+    dq, dk, dv, dbias = _kernel_backward(grad, *ctx.saved_tensors, ctx.chunk_tokens, wanted)
+    return dq, dk, dv, None, dbias if wanted else None, None
 
 
 _kernel.register_autograd(_backward, setup_context=_setup_context)
