@@ -200,7 +200,8 @@ def test_the_gradient_of_the_bias_is_not_that_of_a_rounded_output(chunk: int | N
         return reference.chunk_attention(q, k, v, chunk, key_bias=bias)
 
     expected = gradients(exact, [*(x.float() for x in (q, k, v)), bias], grad.float())[3]
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    # A rounded output costs 1e-4 of float16 and 8e-4 of bfloat16.
+    assert (found - expected).abs().max() < {"cpu": 3e-5, "cuda": 2e-4}[device] * expected.abs().max()
 
 
 @where_triton_runs
