@@ -92,6 +92,27 @@ def norm_silu_kernel(
 
 
 @triton.jit
+def double_frames_kernel(
+    x, bias, out, pixels, frames,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_P pixels of one frame of `out` [B, 2 frames, pixels, C] from x [B, frames, pixels, 2, C]."""
+    at = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    frame = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, BLOCK_C)
+    mask = (at < pixels)[:, None] & (columns < C)[None, :]
+    half = frame % 2
+    source = ((batch * frames + frame // 2) * pixels + at) * 2 + half
+    row = tl.load(x + source[:, None] * C + columns[None, :], mask=mask, other=0.0)
+    if HAS_BIAS:
+        added = tl.load(bias + half * C + columns, mask=columns < C, other=0.0).to(tl.float32)
+        row = (row.to(tl.float32) + added[None, :]).to(out.dtype.element_ty)
+    target = (batch * 2 * frames + frame) * pixels + at
+    tl.store(out + target[:, None] * C + columns[None, :], row, mask=mask)
+
+
+@triton.jit
 def interleave_kernel(
     phases, bias, out, height, width,
     OUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -230,6 +251,20 @@ def norm_silu(
     return total
 
 
+def double_frames(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch `double_frames_kernel`; arguments as `ops.double_frames`."""
+    x = x.contiguous(memory_format=NDHWC)
+    batch, channels, frames, height, width = x.shape
+    shape = (batch, channels // 2, 2 * frames, height, width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=NDHWC)
+    block_c, block_p = _blocks(channels // 2)
+    double_frames_kernel[(triton.cdiv(height * width, block_p), 2 * frames, batch)](
+        x, x if bias is None else bias, out, height * width, frames,
+        C=channels // 2, BLOCK_C=block_c, BLOCK_P=block_p, HAS_BIAS=bias is not None,
+    )  # fmt: skip
+    return out
+
+
 def interleave(phases: Tensor, bias: Tensor) -> Tensor:
     """Launch `interleave_kernel`: phases [N, 4 O, H + 1, W + 1], bias [O] -> [N, O, 2 H, 2 W], NHWC."""
     images, channels, height, width = phases.shape
@@ -318,6 +353,10 @@ KERNELS = (
         )
         for has_bias, has_shortcut in ((False, False), (True, False), (True, True))
         for has_past in (False, True)
+    ),
+    *(
+        _specialized(double_frames_kernel, C=384, BLOCK_C=512, BLOCK_P=8, HAS_BIAS=has)
+        for has in (False, True)
     ),
     _specialized(interleave_kernel, OUT=96, BLOCK_C=128, BLOCK_P=32),
     *(

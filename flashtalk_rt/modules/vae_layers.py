@@ -91,13 +91,20 @@ class Conv3d(nn.Conv3d):
         y = ops.conv3d(x, self.weight, None, self.stride, self.padding)  # type: ignore[arg-type]
         return y, self.bias.to(y.dtype)  # under autocast the parameters are wider
 
-    def adding(self, x: Tensor, shortcut: Tensor) -> Tensor | Sum:
-        """The convolution plus `shortcut`, which `ops.slice_conv` adds where it serves."""
-        y = self._sliced(x, shortcut)
-        return Sum(*self.deferring_bias(x), shortcut) if y is None else y
+    def adding(self, x: Tensor, shortcut: Tensor, more_bias: Tensor | None) -> Tensor | Sum:
+        """The convolution plus `shortcut` and its bias, which `ops.slice_conv` adds where it serves."""
+        total = self._sliced(x, shortcut, more_bias)
+        if total is not None:
+            return total
+        y, bias = self.deferring_bias(x)
+        if bias is None or more_bias is None:
+            return Sum(y, more_bias if bias is None else bias, shortcut)
+        return Sum(y, bias + more_bias, shortcut)
 
-    def _sliced(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
-        """With bias and shortcut, where `ops.slice_conv` is the faster one."""
+    def _sliced(
+        self, x: Tensor, shortcut: Tensor | None = None, more_bias: Tensor | None = None
+    ) -> Tensor | None:
+        """With all that is to be added, where `ops.slice_conv` is the faster one."""
         side = self.kernel_size[2] // 2
         if self.stride != (1, 1, 1) or self.padding != (0, side, side):
             return None
@@ -106,7 +113,7 @@ class Conv3d(nn.Conv3d):
         y = ops.slice_conv(
             x[0].permute(1, 2, 3, 0),
             self.weight.permute(0, 2, 3, 4, 1),
-            self.bias,
+            self.bias if more_bias is None else self.bias + more_bias,
             None if shortcut is None else shortcut[0].permute(1, 2, 3, 0),
         )
         return y.permute(3, 0, 1, 2)[None]
@@ -176,7 +183,9 @@ class ResidualBlock(nn.Module):
         room = cursor.room(y.shape[2])
         y = ops.norm_silu(y, norm2.gamma.flatten(), cursor.take(), bias, out=room)
         cursor.put(y[:, :, -2:])
-        return conv2.adding(y, self.shortcut(x))
+        if isinstance(self.shortcut, CausalConv3d):
+            return conv2.adding(y, *self.shortcut.deferring_bias(x))
+        return conv2.adding(y, x, None)
 
 
 class SpatialAttention(nn.Module):
@@ -260,9 +269,7 @@ class Upsample(nn.Module):
             return x
         x = ops.with_past(x, past)
         cursor.put(x[:, :, -2:])
-        # Twice the channels, first half the earlier frame: interleave the halves in time, as NDHWC.
-        halves: Tensor = time_conv(x).movedim(1, -1).unflatten(-1, (2, -1))
-        return halves.movedim(-2, 2).flatten(1, 2).movedim(-1, 1)
+        return ops.double_frames(*time_conv.deferring_bias(x))
 
 
 def run(layers: nn.Sequential, stream: Tensor | Sum, cursor: CacheCursor) -> Tensor | Sum:

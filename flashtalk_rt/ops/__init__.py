@@ -5,6 +5,7 @@ from . import audio_cross_attention as _audio_cross_attention
 from . import chunk_attention as _chunk_attention
 from . import color_match as _color_match
 from . import conv3d as _conv3d
+from . import double_frames as _double_frames
 from . import dual_cross_attention as _dual_cross_attention
 from . import fp8 as _fp8
 from . import linear as _linear
@@ -27,6 +28,7 @@ from .audio_cross_attention import (
 from .chunk_attention import chunk_attention
 from .color_match import color_match, color_match_pixels, lab_statistics
 from .conv3d import conv3d
+from .double_frames import double_frames
 from .dual_cross_attention import dual_cross_attention, padding_bias
 from .fp8 import FP8, Quantized, quantize
 from .linear import linear_fp8
@@ -51,6 +53,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     _color_match.COLOR_MATCH,
     _color_match.COLOR_MATCH_PIXELS,
     _conv3d.SPEC,
+    _double_frames.SPEC,
     _dual_cross_attention.SPEC,
     _fp8.SPEC,
     _linear.SPEC,
@@ -84,6 +87,7 @@ __all__ = [
     "color_match",
     "color_match_pixels",
     "conv3d",
+    "double_frames",
     "dual_cross_attention",
     "fold_upsampled",
     "gate_residual",

@@ -42,6 +42,14 @@ def add_norm_silu(
     return total, norm_silu(total, gamma, past)
 
 
+def double_frames(x: Tensor, bias: Tensor | None) -> Tensor:
+    """The two halves of the channels of x + bias, one after the other in time, as NDHWC."""
+    if bias is not None:
+        x = x + bias.view(-1, 1, 1, 1)
+    halves: Tensor = x.movedim(1, -1).unflatten(-1, (2, -1))
+    return halves.movedim(-2, 2).flatten(1, 2).movedim(-1, 1)
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest-exact doubling of every frame's height and width, then a 3x3 convolution by weight
     [O, C, 3, 3]."""
