@@ -140,9 +140,9 @@ class FeedForward(nn.Sequential):
         super().__init__(Linear(dim, hidden), nn.GELU(approximate="tanh"), Linear(hidden, dim))
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        up, gelu, down = self
-        hidden = up(x)
-        return down(ops.quantize(hidden, gelu=True) if down.fp8 else gelu(hidden))  # type: ignore[no-any-return]
+        up, _, down = self
+        assert isinstance(up, Linear)
+        return down(ops.quantize(up(x), gelu=True) if down.fp8 else up.gelu(x))  # type: ignore[no-any-return]
 
 
 class ImageEmbedding(nn.Module):
