@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cross_attention import LOG2_E, attend_keys
+from .key_attention import LOG2_E, attend_keys
 from .specialization import Specialization
 
 
