@@ -1,7 +1,8 @@
 """Floors, measured: the products, attentions and convolutions of `work` alone, through the vendor's
 libraries, and the rate of a plain copy.  No runtime of ours can be much faster than their sum.
 
-Data is random (zeros draw less power and run faster) and larger than the L2 cache in turn.
+Data is random (zeros draw less power and run faster) and larger than the L2 cache in turn, and the clocks are
+those that the GPU holds under the load (`timing.measure`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .work import Attention, Convolution, Gemm, Work
 
 FP8 = torch.float8_e4m3fn
 COPY_BYTES = 1 << 30
+SETTLE_MS = 200.0  # as in a stream, where a chunk follows a chunk
 _FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Convolve = Callable[[Tensor, Tensor], Tensor]
@@ -68,9 +70,13 @@ def gemm_ms(gemm: Gemm, device: torch.device, dtype: torch.dtype, repeats: int) 
 
     size_bytes = gemm.batch * (gemm.m + gemm.n) * gemm.k * dtype.itemsize
     if batch:
-        return measure(batched, device, rotation(make, size_bytes, device), repeats).median_ms
+        return measure(
+            batched, device, rotation(make, size_bytes, device), repeats, settle_ms=SETTLE_MS
+        ).median_ms
     if dtype != FP8:
-        return measure(F.linear, device, rotation(make, size_bytes, device), repeats).median_ms
+        return measure(
+            F.linear, device, rotation(make, size_bytes, device), repeats, settle_ms=SETTLE_MS
+        ).median_ms
     rows = torch.rand(gemm.m, 1, device=device) + 0.5
     columns = torch.rand(1, gemm.n, device=device) + 0.5
 
@@ -80,7 +86,7 @@ def gemm_ms(gemm: Gemm, device: torch.device, dtype: torch.dtype, repeats: int) 
         )
         return out
 
-    return measure(scaled, device, rotation(make, size_bytes, device), repeats).median_ms
+    return measure(scaled, device, rotation(make, size_bytes, device), repeats, settle_ms=SETTLE_MS).median_ms
 
 
 def attention_ms(
@@ -110,7 +116,7 @@ def attention_ms(
             attend(*inputs[0])
         except (RuntimeError, FlashTalkError):
             continue  # it does not take the shape, the dtype or the device
-        times_ms.append(measure(attend, device, inputs, repeats).median_ms)
+        times_ms.append(measure(attend, device, inputs, repeats, settle_ms=SETTLE_MS).median_ms)
     return min(times_ms)
 
 
@@ -155,7 +161,7 @@ def convolution_ms(
 
     size_bytes = c.in_dim * frames * height * width * dtype.itemsize
     inputs = rotation(make, size_bytes, device)
-    times_ms = [measure(convolve, device, inputs, repeats).median_ms]
+    times_ms = [measure(convolve, device, inputs, repeats, settle_ms=SETTLE_MS).median_ms]
     keeps_size = set(c.stride) == {1} and c.kernel[1] % 2 == 1
     for other in others if keeps_size else ():
 
@@ -166,7 +172,7 @@ def convolution_ms(
             compete(*inputs[0])
         except FlashTalkError:
             continue  # it does not take the shape, the dtype or the device
-        times_ms.append(measure(compete, device, inputs, repeats).median_ms)
+        times_ms.append(measure(compete, device, inputs, repeats, settle_ms=SETTLE_MS).median_ms)
     return min(times_ms)
 
 
@@ -174,4 +180,8 @@ def copy_bytes_per_s(device: torch.device, repeats: int, size_bytes: int = COPY_
     """Bytes read and written a second by a large copy on the device."""
     source = torch.randint(0, 256, (size_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size_bytes / (measure(target.copy_, device, [(source,)], repeats).median_ms / 1e3)
+    return (
+        2
+        * size_bytes
+        / (measure(target.copy_, device, [(source,)], repeats, settle_ms=SETTLE_MS).median_ms / 1e3)
+    )

@@ -32,7 +32,7 @@ cuda = sys.modules["flashtalk_rt.ops.chunk_attention_cuda"]
 
 H100 = Situation("cuda", torch.bfloat16, 128, capability=(9, 0), cudnn_version=91002)
 CSRC = Path(__file__).parents[1] / "csrc"
-TILE_KEYS = [176, 192, 128]  # of the CUDA kernel's variants
+TILE_KEYS = [192, 176, 128]  # of the CUDA kernel's variants
 SHARED_LIMIT_BYTES = 227 * 1024  # of an sm_90 block
 # The interpreter's own: NaN arithmetic, and numpy's deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
@@ -317,23 +317,36 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The names of the FlashAttention packages that Python finds; empty at first."""
+    """The names of the FlashAttention packages that Python finds; empty at first.  No extension is built."""
     names: set[str] = set()
+    monkeypatch.setattr(cuda, "extension", lambda: "it is not built")
     monkeypatch.setattr(module, "importable", lambda name: name in {FLASH[n].module for n in names})
     return names
 
 
 def test_the_order_is_the_measured_one() -> None:
     order = [backend.name for backend in SPEC.backends]
-    assert order == ["fa4", "cudnn", "fa2", "fa3", "triton", "cuda", "sdpa"]
+    assert order == ["cuda", "fa4", "cudnn", "triton", "fa2", "fa3", "sdpa"]
     for speed in MEASURED_TFLOPS.values():  # at every measured shape
-        assert sorted(speed, key=lambda name: -speed[name]) == order[: len(speed)]
+        assert sorted(speed, key=lambda name: -speed[name]) == [name for name in order if name in speed]
 
 
 def test_cudnn_serves_an_h100_without_flash_attention(installed: set[str]) -> None:
     choice = choose(SPEC, H100)
     assert choice.backend == "cudnn"
-    assert choice.refused == {"fa4": "flash-attn-4 (extra: fa4) is not installed"}
+    assert choice.refused == {
+        "cuda": "it is not built",
+        "fa4": "flash-attn-4 (extra: fa4) is not installed",
+    }
+
+
+def test_our_kernel_serves_an_h100_where_it_is_built(
+    installed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed |= {"fa4"}
+    monkeypatch.setattr(cuda, "extension", lambda: types.ModuleType("flashtalk_rt._C"))
+    assert choose(SPEC, H100).backend == "cuda"
+    assert choose(SPEC, dataclasses.replace(H100, grad=True)).backend == "fa4"
 
 
 def test_flash_attention_4_serves_where_it_is_installed(installed: set[str]) -> None:
@@ -347,7 +360,7 @@ def test_flash_attention_4_serves_where_it_is_installed(installed: set[str]) -> 
 def test_what_is_installed_does_not_overtake_what_is_faster(installed: set[str]) -> None:
     installed |= {"fa2", "fa3"}
     assert choose(SPEC, H100).backend == "cudnn"
-    assert choose(SPEC, dataclasses.replace(H100, cudnn_version=None)).backend == "fa2"
+    assert choose(SPEC, dataclasses.replace(H100, cudnn_version=None)).backend == "triton"
 
 
 def test_triton_serves_a_bias_or_a_length_on_the_device(installed: set[str]) -> None:
@@ -356,7 +369,7 @@ def test_triton_serves_a_bias_or_a_length_on_the_device(installed: set[str]) -> 
     assert str(situation) == "cuda sm_90 bfloat16 D=128 masked keys"
     choice = choose(SPEC, situation)
     assert choice.backend == "triton"
-    assert choice.refused.keys() == {"fa4", "cudnn", "fa2", "fa3"}
+    assert choice.refused.keys() == {"cuda", "fa4", "cudnn"}
     assert choice.refused["cudnn"].startswith("takes a bias or length of the keys only as")
     assert choice.refused["fa4"] == "takes no bias and no length of the keys"
 

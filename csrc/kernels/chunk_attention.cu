@@ -304,6 +304,6 @@ Variant variant() {
 
 }  // namespace
 
-const Variant kVariantTable[kVariants] = {variant<176>(), variant<192>(), variant<128>()};
+const Variant kVariantTable[kVariants] = {variant<192>(), variant<176>(), variant<128>()};
 
 }  // namespace flashtalk::attention

@@ -57,10 +57,9 @@ class Block(nn.Module):
         return self.self_attn.q.fp8
 
     def large_projections(self) -> list[Linear]:
-        """Those that may be float8."""
-        attention, cross = self.self_attn, self.cross_attn
-        layers = [attention.q, attention.k, attention.v, attention.o, cross.q, cross.o, *self.ffn]
-        return [layer for layer in layers if isinstance(layer, Linear)]
+        """Those that may be float8: also the keys and values of text and image, which a session computes
+        once, as they are 8 GB at the published size in bfloat16."""
+        return [layer for layer in self.modules() if isinstance(layer, Linear)]
 
     def forward(
         self,
@@ -138,7 +137,7 @@ class DiT(nn.Module):
         return self._blocks()[0].fp8
 
     def large_projections(self) -> list[Linear]:
-        """Those of every token in every step, which may be float8."""
+        """Every block's."""
         return [layer for block in self._blocks() for layer in block.large_projections()]
 
     def prepare(self, dtype: torch.dtype, *, fp8: bool) -> None:

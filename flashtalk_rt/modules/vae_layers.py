@@ -21,11 +21,12 @@ class CacheCursor:
 
     rooms: a tensor a layer, for what the layer remembers and the frames of one call in front of it.  The
     future then lies in the rooms' last frames, and the past may lie there until then.
+    keep: whether anything comes after; if not, no future is held while the pass goes on.
     """
 
-    def __init__(self, cache: Cache | None, rooms: list[Tensor] | None = None) -> None:
+    def __init__(self, cache: Cache | None, rooms: list[Tensor] | None = None, *, keep: bool = True) -> None:
         self._past = cache
-        self._rooms = rooms
+        self._rooms, self._keep = rooms, keep
         self.future: Cache = []
         self.inputs: dict[int, int] = {}  # layer -> frames of its convolution's input, if it asked for room
 
@@ -47,7 +48,7 @@ class CacheCursor:
             if future.data_ptr() != room.data_ptr():
                 room.copy_(future)  # a layer that asked for no room
             future = room
-        self.future.append(future)
+        self.future.append(future if self._keep else None)
 
 
 class RMSNorm(nn.Module):

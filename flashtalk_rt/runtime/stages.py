@@ -100,6 +100,10 @@ class Stages:
         self._motion = buffers.zeros("motion", last.shape, torch.float32)
 
         self.graphs = graphs = Graphs(device, capture)
+        # First what takes most memory, which the others then use again.
+        self._encode = graphs.add(
+            lambda: copy_tree(self._motion, model.vae.encode(self._frames[:, :, -stream.motion_frames :]))
+        )
         self._audio_context = graphs.add(
             lambda: copy_tree(self._audio, model.dit.audio_context(self._windows))
         )
@@ -109,9 +113,6 @@ class Stages:
             for number, (t, s) in enumerate(itertools.pairwise(times))
         ]
         self._blocks = self._make_blocks(first, later)
-        self._encode = graphs.add(
-            lambda: copy_tree(self._motion, model.vae.encode(self._frames[:, :, -stream.motion_frames :]))
-        )
         self._copies = Lane(device)
 
     def run(
