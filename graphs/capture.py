@@ -55,6 +55,8 @@ class Graphs:
     def _capture(self, work: Work, warm: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         device = self._stream.device
+        # What other streams hold in reserve is of no use to this one, whose warm-up would take as much again.
+        torch.cuda.empty_cache()
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             if warm:

@@ -357,24 +357,27 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_vae, "latent_statistics", lambda *args: measure(*args, clips=16))
 
 
-def test_the_commands_train_resume_and_record(small_world: None, tmp_path: Path) -> None:
+# On a GPU a step is compiled and captured: it may copy nothing from the host.
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_commands_train_resume_and_record(small_world: None, tmp_path: Path, device: str) -> None:
     run = tmp_path / "run"
     cpu = torch.device("cpu")
-    commands.world_vae(run, steps=2, batch=1, device="cpu", seed=0)
+    commands.world_vae(run, steps=2, batch=1, device=device, seed=0)
     vae = nets.load_vae(run / "vae.safetensors", cpu)
     assert vae.config.latent_mean != nets.TOY_VAE.latent_mean, "measured"
     assert all(math.isfinite(s) and s > 0 for s in vae.config.latent_std)
 
-    commands.world_base(run, steps=2, batch=2, clips=64, device="cpu", seed=0)
+    commands.world_base(run, steps=2, batch=2, clips=64, device=device, seed=0)
     first = nets.load_dit(run / "base.safetensors", cpu).state_dict()
-    commands.world_base(run, steps=3, batch=2, clips=64, device="cpu", seed=0)
+    commands.world_base(run, steps=3, batch=2, clips=64, device=device, seed=0)
     more = nets.load_dit(run / "base.safetensors", cpu).state_dict()
     assert any(not torch.equal(first[name], more[name]) for name in first), "it went on"
     log = json.loads((run / "log-base.json").read_text())
     assert log["command"] == "world-base" and log["steps"] == 3
     assert [row["step"] for row in log["history"]] == [2, 3]
 
-    commands.world_stage1(run, steps=3, batch=2, clips=64, device="cpu", seed=0)
+    commands.world_stage1(run, steps=3, batch=2, clips=64, device=device, seed=0)
     adapted = nets.load_dit(run / "stage1.safetensors", cpu).state_dict()
     assert all(bool(value.isfinite().all()) for value in adapted.values())
     assert json.loads((run / "log-stage1.json").read_text())["source"].endswith("base.safetensors")

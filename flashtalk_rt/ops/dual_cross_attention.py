@@ -92,7 +92,7 @@ def padding_bias(real: int, length: int, device: torch.device) -> Tensor:
     bias = torch.zeros(length, device=device)
     if real < length:
         bias[real:] = float("-inf")
-        bias[real] = math.log(length - real)
+        bias[real : real + 1].fill_(math.log(length - real))  # no copy from the host, so it can be captured
     return bias
 
 
