@@ -84,6 +84,11 @@ class StreamConfig:
     shift: float = 5.0
     sampler: Sampler = "renoise"  # "renoise" for distilled weights, "euler" for a plain flow model
     color_strength: float = 1.0
+    # Classifier-free guidance by the audio (Ho and Salimans, arXiv 2207.12598): velocities v0 + g (v - v0)
+    # with v0 the one without audio, a second pass, at noise levels from `guided_below` down (Kynkäänniemi et
+    # al., arXiv 2404.07724).  1: v, as distilled weights want.
+    audio_guidance: float = 1.0
+    guided_below: float = 1.0
 
     @property
     def new_frames(self) -> int:

@@ -22,7 +22,7 @@ from flashtalk_rt import ops
 from flashtalk_rt.config import Precision
 from flashtalk_rt.errors import InputError
 from flashtalk_rt.graphs.buffers import tensors
-from flashtalk_rt.modules.chunk import denoise
+from flashtalk_rt.modules.chunk import denoise, predict
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.runtime import Chunk, Engine, Session
 from flashtalk_rt.runtime.engine import vae_dtype
@@ -122,6 +122,30 @@ def assert_equals_the_loop(engine: Engine, chunks: int = 3) -> None:
         for name, mine, theirs in zip(("latent", "frames", "motion", "pixels"), got, expected, strict=True):
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), (chunk, name)
         motion, loop_motion = made.motion, expected[2]
+
+
+def test_guidance_goes_beyond_what_the_audio_changes() -> None:
+    model = tiny.model(audio_guidance=1.5, guided_below=0.6)
+    inputs = Inputs(Engine(model, precision="fp32"))
+    reference, windows = inputs.constants.reference, inputs.windows()
+    latent = inputs.noise(0)()
+    plain = dataclasses.replace(reference, unheard=None)
+    with torch.inference_mode():
+        heard, none = (
+            predict(model.dit, latent, 0.5, plain, model.dit.audio_context(x))
+            for x in (windows, torch.zeros_like(windows))
+        )
+        guided = predict(model.dit, latent, 0.5, reference, model.dit.audio_context(windows))
+        early = predict(model.dit, latent, 0.7, reference, model.dit.audio_context(windows))
+        alone = predict(model.dit, latent, 0.7, plain, model.dit.audio_context(windows))
+    assert not torch.equal(heard, none)
+    torch.testing.assert_close(guided, none + 1.5 * (heard - none))
+    assert torch.equal(early, alone), "above the level it is one pass"
+    assert Inputs(Engine(tiny.model(), precision="fp32")).constants.reference.unheard is None, "off: one pass"
+
+
+def test_a_guided_engine_equals_the_loop() -> None:
+    assert_equals_the_loop(Engine(tiny.model(audio_guidance=2.0, guided_below=0.9), precision="fp32"))
 
 
 def frames_of(chunks: list[Chunk]) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..config import Sampler
+from ..config import Sampler, StreamConfig
 from .dit import DiT
 from .dit_layers import KeysValues, LayerContext
 from .schedule import advance
@@ -24,6 +24,19 @@ class Reference:
 
     context: list[LayerContext]
     y: Tensor  # [B, 20, T, h, w]: 4 mask channels, 16 of the reference latent
+    unheard: list[KeysValues] | None = None  # what stands for no audio, where it guides
+    guidance: float = 1.0  # by the audio, and at which noise levels: see `StreamConfig`
+    guided_below: float = 1.0
+
+    @classmethod
+    def of(cls, dit: DiT, text: Tensor, image: Tensor, y: Tensor, stream: StreamConfig) -> Reference:
+        """From text features [B, L, C], image features [B, tokens, C] and `reference_latent`'s y."""
+        unheard = None
+        if stream.audio_guidance != 1:
+            config = dit.config  # training drops audio by zeroing its windows
+            shape = (stream.frames, config.audio_window, config.audio_blocks, config.audio_dim)
+            unheard = dit.audio_context(y.new_zeros(len(y), *shape))
+        return cls(dit.context(text, image), y, unheard, stream.audio_guidance, stream.guided_below)
 
 
 def reference_latent(vae: VAE, image: Tensor, frames: int) -> Tensor:
@@ -37,10 +50,14 @@ def reference_latent(vae: VAE, image: Tensor, frames: int) -> Tensor:
 
 
 def predict(dit: DiT, latent: Tensor, t: float, reference: Reference, audio: Sequence[KeysValues]) -> Tensor:
-    """The velocity of `latent` [B, z, T, h, w] at noise level t in [0, 1]; the same shape."""
+    """The velocity of `latent` [B, z, T, h, w] at noise level t in [0, 1], guided as the reference says; the
+    same shape."""
     step = torch.full((latent.shape[0],), t * 1000, device=latent.device)
     velocity: Tensor = dit(latent, step, reference.y, reference.context, audio)
-    return velocity
+    if reference.unheard is None or t > reference.guided_below:
+        return velocity
+    without: Tensor = dit(latent, step, reference.y, reference.context, reference.unheard)
+    return without + reference.guidance * (velocity - without)
 
 
 def denoise(

@@ -123,7 +123,7 @@ class Engine:
         model = self.model
         y = reference_latent(model.vae, image, model.stream.frames)
         return Constants(
-            Reference(model.dit.context(text, image_features), y),
+            Reference.of(model.dit, text, image_features, y, model.stream),
             model.vae.encode(image),
             ColorReference.of(image, model.stream.color_strength),
         )

@@ -246,6 +246,9 @@ def world_eval(
 ) -> None:
     """Measure the model on held-out identities and voices; writes eval-*.json."""
     generator = _start(run, device, seed)
+    import torch
+
+    from ...modules.precision import native_bf16
     from ...profiles.record import environment, write_result
     from .evaluate import evaluate, make_test_set, vae_psnr_db
     from .nets import TOY_STREAM, load_dit, load_vae
@@ -253,13 +256,21 @@ def world_eval(
     from .voices import read_voices
 
     where = generator.device
-    vae, probe = load_vae(run / "vae.safetensors", where), load_probe(run / "probe.safetensors", where)
-    dit = load_dit(run / f"{net}.safetensors", where).eval().requires_grad_(False)
+    # In the precision that a session takes by default.
+    dtype = torch.bfloat16 if native_bf16(where) else torch.float32
+    vae = load_vae(run / "vae.safetensors", where).to(dtype)
+    probe = load_probe(run / "probe.safetensors", where)
+    dit = load_dit(run / f"{net}.safetensors", where)
+    dit.prepare(dtype, fp8=False)
     test = make_test_set(read_voices(voices), identities, chunks, TOY_STREAM, generator)
     rows = evaluate(dit, vae, probe, test, tuple(int(s) for s in steps.split(",")), generator, _log)
     record = {
         **environment(where),
         "net": net,
+        "precision": str(dtype).removeprefix("torch."),
+        "shift": TOY_STREAM.shift,
+        "audio_guidance": TOY_STREAM.audio_guidance,
+        "guided_below": TOY_STREAM.guided_below,
         "identities": identities,
         "chunks": chunks,
         "seed": seed,
