@@ -32,7 +32,8 @@ class Tile(NamedTuple):
 
 # By head dimension (padded to a power of two) and bytes an element; beside each the shared memory it takes
 # when Triton 3.6 compiles it for sm_90, of the 227 KB that a block may have.  None of them spills registers,
-# which is how they were taken: not measured on a GPU yet.
+# which is how they were taken.  At (128, 2), on one H100 with 12,096 tokens of 40 heads: 519 TFLOP/s; of ten
+# other tiles one, (128, 64, 8, 4), did 522, the others 150 to 493.
 FORWARD = {
     (16, 2): Tile(128, 64, 8, 3),  # 16 KB
     (32, 2): Tile(128, 64, 8, 3),  # 32 KB
