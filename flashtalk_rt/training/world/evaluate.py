@@ -53,7 +53,8 @@ def make_test_set(
     """`voices` [V, S] float32: recordings, cut to `chunks` chunks and shared out over identities."""
     device = generator.device
     identity = sample_identities(identities, generator, held_out=True).to(device)
-    rows = torch.arange(identities) * max(1, len(voices) // identities) % len(voices)  # of many voices
+    # Of many voices, by an odd stride: neighbours, which stand in for each other, then speak different texts.
+    rows = torch.arange(identities) * (len(voices) // identities | 1) % len(voices)
     samples = voices[rows, : chunks * stream.chunk_samples].to(device)
     loud = normalize_loudness(samples, stream.sample_rate_hz, stream.loudness_lufs)
     frames = chunks * stream.new_frames
