@@ -11,26 +11,11 @@
 #include <random>
 #include <vector>
 
+#include "check.h"
+
 using namespace flashtalk;
 
 namespace {
-
-#define CHECK(condition, ...)                   \
-    do {                                        \
-        if (!(condition)) {                     \
-            std::printf("line %d: ", __LINE__); \
-            std::printf(__VA_ARGS__);           \
-            std::printf("\n");                  \
-            std::exit(1);                       \
-        }                                       \
-    } while (0)
-
-float to_float(uint16_t bits) {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
 
 uint16_t to_bf16(float value) {  // exact: the model's numbers are small integers
     uint32_t word;

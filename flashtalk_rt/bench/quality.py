@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from ..modules.dit import Block, DiT
 from ..modules.model import Model
 from ..profiles.record import environment
 from ..runtime import Engine
+from ..training.world.metrics import psnr
 from .models import DiTInputs
 from .plain import relative_error
 from .suite import Stream
@@ -54,7 +54,7 @@ def fp8_quality(model: Model, chunks: int = 2) -> dict[str, Any]:
         "steps": stream.steps,
         "step_relative_error": relative_error(steps["fp8"], steps["bf16"]),
         "block_relative_errors": [relative_error(a, b.float()) for a, b in blocks],
-        "frames_psnr_db": [psnr_db(a, b) for a, b in zip(frames["fp8"], frames["bf16"], strict=True)],
+        "frames_psnr_db": [psnr(a, b).item() for a, b in zip(frames["fp8"], frames["bf16"], strict=True)],
         "inputs": {
             name: {key: [row[key] for row in layers] for key in layers[0]} for name, layers in rows.items()
         },
@@ -98,8 +98,3 @@ def outliers(x: Tensor) -> dict[str, float]:
         "crest_median": crest.median().item(),
         "rounding_error": relative_error(rounded.data.float() * rounded.scale, wide),
     }
-
-
-def psnr_db(a: Tensor, b: Tensor) -> float:
-    """Of frames in [-1, 1]."""
-    return 10 * math.log10(4 / max((a - b).square().mean().item(), 1e-12))

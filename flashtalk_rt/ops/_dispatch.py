@@ -176,38 +176,17 @@ def backend_for(
 
     `wanted`: the caller's own choice, obeyed or refused with InputError, never replaced.
     """
+    asked = (device, dtype, head_dim, grad, wanted, key_mask)
     if torch.compiler.is_compiling():
-        constant: str = _constant(op.name, device, dtype, head_dim, grad, wanted, key_mask)
+        constant: str = _constant(op.name, *asked)
         return constant
-    return _serving(op, device, dtype, head_dim, grad, wanted, key_mask)
+    return _backend_for(op, *asked, plain=_plainly.get())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int | None,
-    grad: bool,
-    wanted: str | None,
-    key_mask: bool,
-) -> str:
-    """As `_serving`, the op by its name: torch 2.11 takes no instance as an argument of a constant."""
-    return _serving(_NAMED[name], device, dtype, head_dim, grad, wanted, key_mask)
-
-
-def _serving(
-    op: OpSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int | None,
-    grad: bool,
-    wanted: str | None,
-    key_mask: bool,
-) -> str:
-    if wanted is None and _plainly.get():
-        return op.plain
-    return _backend_for(op, device, dtype, head_dim, grad, wanted, key_mask)
+def _constant(name: str, *asked: Any) -> str:
+    """As `backend_for`, the op by its name: torch 2.11 takes no instance as an argument of a constant."""
+    return _backend_for(_NAMED[name], *asked, plain=_plainly.get())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -219,7 +198,10 @@ def _backend_for(
     grad: bool,
     wanted: str | None,
     key_mask: bool,
+    plain: bool,
 ) -> str:
+    if wanted is None and plain:
+        return op.plain
     situation = Situation.of(device, dtype, head_dim, grad, key_mask)
     if wanted is None:
         return choose(op, situation).backend
