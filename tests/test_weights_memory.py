@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_memory_while_loading_is_the_model_and_one_tensor(tmp_path: Path) -> Non
     ran = subprocess.run(
         [sys.executable, "-c", SAMPLED, str(tmp_path), json.dumps(config)],
         cwd=Path(__file__).parents[1],
+        # Freed tensors go back to the system at once: else malloc keeps what it likes of them, up to 64 MB.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         check=True,
@@ -92,4 +95,4 @@ def test_memory_while_loading_is_the_model_and_one_tensor(tmp_path: Path) -> Non
     peak = json.loads(ran.stdout)
     assert 0.95 * total_bytes < peak["filled"] < total_bytes + 2 * largest_bytes
     # In float32 a tensor is twice as large as stored; nothing else is held.
-    assert peak["written"] < 4 * largest_bytes
+    assert 2 * largest_bytes <= peak["written"] < 2.5 * largest_bytes
