@@ -22,7 +22,7 @@ SHIPPED = ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE
 def run(arguments: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter in `folder`, which it can import from and which comes first.
 
-    It finds no nvcc, so that the extension is not compiled here: tests/test_csrc.py does that, once.
+    It finds no nvcc, so that the extension is not compiled here: tests/test_csrc.py does that.
     """
     dropped = ("PYTHONPATH", "PYTHONSAFEPATH", "CUDA_HOME")
     environment = {k: v for k, v in os.environ.items() if k not in dropped} | variables

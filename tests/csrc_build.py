@@ -1,0 +1,69 @@
+"""What the tests build of csrc: the extension, its machine code, and the models of its kernels for a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+needs_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="nvcc is not on PATH: csrc is not compiled here"
+)
+needs_cxx = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="no C++ compiler: the model of the kernel is not run"
+)
+# nvcc's, ptxas's and the C++ compiler's own; not Python's deprecations around them.
+COMPILER_WARNING = re.compile(
+    r"^.*(?:\b(?:nvcc|ptxas|nvlink|cc1plus)\b|\.(?:cu|cuh|cpp|h)\b).*\bwarning\s*[:#].*$", re.MULTILINE
+)
+
+
+def build(folder: Path) -> Path:
+    """The extension as setup.py builds it, under `folder`; any warning of nvcc or ptxas, a spill too, is an
+    error."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib")]
+    done = subprocess.run(
+        [*command, "--build-temp", str(folder / "temp")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = list((folder / "lib" / "flashtalk_rt").glob("_C.*"))
+    assert done.returncode == 0 and len(found) == 1, done.stdout[-4000:] + done.stderr[-4000:]
+    assert COMPILER_WARNING.findall(done.stdout + done.stderr) == []
+    return found[0]
+
+
+def load(path: Path) -> ModuleType:
+    """The extension at `path`, loaded."""
+    # Not the installed one's name: to an equal name pybind11 gives the module that was loaded first.
+    spec = importlib.util.spec_from_file_location("built._C", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def machine_code(binary: Path) -> str:
+    """cuobjdump's listing of a library's or cubin's machine code; skips where there is no cuobjdump."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        pytest.skip("triton, whose wheel holds cuobjdump, is not installed")
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
+
+
+def run_model(name: str, folder: Path) -> str:
+    """Compile csrc/tests/`name`.cpp into `folder` and run it: its output.  A warning is an error."""
+    program = folder / name
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+    subprocess.run(["c++", *flags, CSRC / "tests" / f"{name}.cpp", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
