@@ -1,55 +1,20 @@
-"""A stream's behaviour: determinism, lengths, bad input, interruption, isolation."""
+"""A stream's behaviour: determinism, lengths, bad input, isolation."""
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from streams import CHUNK, FRAME, frames_of, on_step, portrait, push, run, small_engine, speech
 
 from flashtalk_rt.errors import InputError
-from flashtalk_rt.runtime import Chunk, Engine, Session
-
-FRAME = 640  # samples
-CHUNK = 28 * FRAME
-
-
-def portrait(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 255, (64, 80, 3), dtype=np.uint8)
-
-
-def speech(samples: int, seed: int = 0) -> Tensor:
-    return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
-
-
-def small_engine(steps: int = 1, **stream: object) -> Engine:
-    """The smallest size there is, so that a chunk takes a fraction of a second."""
-    return Engine(tiny.model(**stream), steps=steps, precision="fp32", height=16, width=16)
+from flashtalk_rt.runtime import Chunk, Engine
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return small_engine()
-
-
-def frames_of(chunks: list[Chunk]) -> Tensor:
-    return torch.cat([chunk.frames for chunk in chunks])
-
-
-def run(session: Session, *blocks: Tensor, end: bool = True) -> list[Chunk]:
-    """Push the blocks, iterating after each, and end."""
-    chunks: list[Chunk] = []
-    for block in blocks:
-        session.push_audio(block)
-        chunks += session
-    if end:
-        session.end_audio()
-        chunks += session
-    return chunks
 
 
 # --- what comes out --------------------------------------------------------------------------------
@@ -119,7 +84,7 @@ def test_the_video_is_as_long_as_the_audio_to_one_frame(engine: Engine, samples:
 
 
 def test_a_chunk(engine: Engine) -> None:
-    (chunk,) = run(engine.session(portrait()), speech(CHUNK), end=False)
+    (chunk,) = push(engine.session(portrait()), speech(CHUNK))
     assert chunk.index == 0
     assert chunk.frames.dtype == torch.uint8 and chunk.frames.shape == (28, 16, 16, 3)
     assert chunk.audio.dtype == torch.float32 and chunk.audio.shape == (CHUNK,)
@@ -234,134 +199,19 @@ def test_a_picture_of_another_world_is_refused() -> None:
     Engine(model, precision="fp32").model.check_portrait(torch.zeros(1, 3, 1, 64, 48))
 
 
-# --- interruption ----------------------------------------------------------------------------------
-
-
-def on_step(engine: Engine, call: Callable[[int], None]) -> Callable[[], int]:
-    """Run `call` after every denoising step with its number; returns how to ask for the count."""
-    count = 0
-
-    def hook(*_: object) -> None:
-        nonlocal count
-        count += 1
-        call(count)
-
-    engine.model.dit.register_forward_hook(hook)
-    return lambda: count
-
-
-@pytest.mark.parametrize("at", [1, 3, 6])
-def test_interrupt_stops_within_one_step(at: int) -> None:
-    engine = small_engine(steps=6)
-    session = engine.session(portrait())
-    steps = on_step(engine, lambda step: session.interrupt() if step == at else None)
-    session.push_audio(speech(3 * CHUNK))
-    assert list(session) == []
-    assert steps() == at
-    assert list(session) == [] and steps() == at, "the queued audio was dropped"
-    chunks = run(session, speech(CHUNK + 640), end=True)
-    assert [chunk.index for chunk in chunks] == [0, 1]
-    assert frames_of(chunks).shape[0] == 29
-
-
-def test_interrupt_from_another_thread() -> None:
-    engine = small_engine(steps=200)
-    session = engine.session(portrait())
-    started = threading.Event()
-    steps = on_step(engine, lambda _: started.set())
-    at_interrupt: list[int] = []
-
-    def stop() -> None:
-        started.wait(60)
-        session.interrupt()
-        at_interrupt.append(steps())
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    session.push_audio(speech(2 * CHUNK))
-    chunks = list(session)
-    thread.join()
-    assert chunks == []
-    assert steps() <= at_interrupt[0] + 1 < 200
-
-
-def test_what_an_interrupt_dropped_was_never_said() -> None:
-    """After an interrupt the stream goes on from its last finished chunk: the same audio ring and the
-    same motion; only the noise has been drawn further."""
-    engine = small_engine(steps=2)
-    seen: list[tuple[Tensor, Tensor]] = []
-    run_chunk = engine.run_chunk
-
-    def spy(constants: object, motion: Tensor, windows: Tensor, *rest: object) -> object:
-        seen.append((motion.clone(), windows.clone()))
-        return run_chunk(constants, motion, windows, *rest)  # type: ignore[arg-type]
-
-    engine.run_chunk = spy  # type: ignore[assignment, method-assign]
-    session = engine.session(portrait())
-    run(session, speech(CHUNK), end=False)
-    steps = on_step(engine, lambda step: session.interrupt() if step == 1 else None)
-    session.push_audio(speech(CHUNK, seed=1))
-    assert list(session) == [] and steps() == 1
-    run(session, speech(CHUNK, seed=2), end=False)
-
-    straight = engine.session(portrait())
-    run(straight, speech(CHUNK), speech(CHUNK, seed=2), end=False)
-    (_, dropped, resumed, _, expected) = seen
-    assert torch.equal(resumed[0], expected[0]) and torch.equal(resumed[1], expected[1])
-    assert not torch.equal(dropped[1], expected[1])
-
-
-def test_interrupt_between_chunks_keeps_the_finished_ones(engine: Engine) -> None:
-    session = engine.session(portrait())
-    session.push_audio(speech(3 * CHUNK))
-    chunks = iter(session)
-    assert next(chunks).index == 0
-    session.interrupt()
-    assert list(chunks) == []
-    (after,) = run(session, speech(CHUNK), end=False)
-    assert after.index == 1
-
-
-def test_audio_pushed_after_an_interrupt_is_kept(engine: Engine) -> None:
-    """A listener interrupts an idle stream and speaks at once: nobody iterated in between."""
-    session = engine.session(portrait())
-    session.push_audio(speech(CHUNK))
-    session.interrupt()
-    session.push_audio(speech(CHUNK, seed=1))
-    (chunk,) = list(session)
-    assert torch.equal(chunk.audio, speech(CHUNK, seed=1))
-
-
-def test_audio_pushed_after_an_interrupt_mid_chunk_is_kept() -> None:
-    engine = small_engine(steps=3)
-    session = engine.session(portrait())
-
-    def barge_in(step: int) -> None:
-        if step == 1:
-            session.interrupt()
-            session.push_audio(speech(CHUNK, seed=1))
-
-    on_step(engine, barge_in)
-    session.push_audio(speech(2 * CHUNK))
-    chunks = [*session, *session]
-    assert [chunk.index for chunk in chunks] == [0]
-    assert torch.equal(chunks[0].audio, speech(CHUNK, seed=1))
-
-
 # --- several streams, sizes, precision, label ------------------------------------------------------
 
 
 def test_two_sessions_of_one_engine_do_not_disturb_each_other(engine: Engine) -> None:
     first, second = speech(3 * CHUNK), speech(3 * CHUNK, seed=1)
     alone = [
-        frames_of(run(engine.session(portrait(i), seed=i), audio, end=False))
-        for i, audio in enumerate((first, second))
+        frames_of(push(engine.session(portrait(i), seed=i), audio)) for i, audio in enumerate((first, second))
     ]
     sessions = [engine.session(portrait(i), seed=i) for i in range(2)]
     together: list[list[Chunk]] = [[], []]
     for parts in zip(first.split(CHUNK), second.split(CHUNK), strict=True):
         for i, part in enumerate(parts):
-            together[i] += run(sessions[i], part, end=False)
+            together[i] += push(sessions[i], part)
     for one, interleaved in zip(alone, together, strict=True):
         assert torch.equal(one, frames_of(interleaved))
 
@@ -388,7 +238,7 @@ def test_bf16_stays_near_fp32() -> None:
         model = tiny.model(color_strength=0.0)
         engine = Engine(model, steps=2, precision=precision, height=32, width=32)  # type: ignore[arg-type]
         assert engine.model.dit.dtype == engine.model.vae.dtype
-        (chunk,) = run(engine.session(portrait(), seed=1), speech(CHUNK), end=False)
+        (chunk,) = push(engine.session(portrait(), seed=1), speech(CHUNK))
         results.append(chunk.frames.float() - 127.5)
     exact, low = results
     assert 0 < (low - exact).norm() / exact.norm() < 0.05

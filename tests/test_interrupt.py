@@ -1,0 +1,110 @@
+"""Interrupting a stream: how soon it stops, what is dropped and what is kept."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from streams import CHUNK, frames_of, on_step, portrait, push, run, small_engine, speech
+from torch import Tensor
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_interrupt_stops_within_one_step(at: int) -> None:
+    engine = small_engine(steps=6)
+    session = engine.session(portrait())
+    steps = on_step(engine, lambda step: session.interrupt() if step == at else None)
+    session.push_audio(speech(3 * CHUNK))
+    assert list(session) == []
+    assert steps() == at
+    assert list(session) == [] and steps() == at, "the queued audio was dropped"
+    chunks = run(session, speech(CHUNK + 640))
+    assert [chunk.index for chunk in chunks] == [0, 1]
+    assert frames_of(chunks).shape[0] == 29
+
+
+def test_interrupt_from_another_thread() -> None:
+    engine = small_engine(steps=200)
+    session = engine.session(portrait())
+    started = threading.Event()
+    steps = on_step(engine, lambda _: started.set())
+    at_interrupt: list[int] = []
+
+    def stop() -> None:
+        started.wait(60)
+        session.interrupt()
+        at_interrupt.append(steps())
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    session.push_audio(speech(2 * CHUNK))
+    chunks = list(session)
+    thread.join()
+    assert chunks == []
+    assert steps() <= at_interrupt[0] + 1 < 200
+
+
+def test_what_an_interrupt_dropped_was_never_said() -> None:
+    """After an interrupt the stream goes on from its last finished chunk: the same audio ring and the
+    same motion; only the noise has been drawn further."""
+    engine = small_engine(steps=2)
+    seen: list[tuple[Tensor, Tensor]] = []
+    run_chunk = engine.run_chunk
+
+    def spy(constants: object, motion: Tensor, windows: Tensor, *rest: object) -> object:
+        seen.append((motion.clone(), windows.clone()))
+        return run_chunk(constants, motion, windows, *rest)  # type: ignore[arg-type]
+
+    engine.run_chunk = spy  # type: ignore[assignment, method-assign]
+    session = engine.session(portrait())
+    push(session, speech(CHUNK))
+    steps = on_step(engine, lambda step: session.interrupt() if step == 1 else None)
+    session.push_audio(speech(CHUNK, seed=1))
+    assert list(session) == [] and steps() == 1
+    push(session, speech(CHUNK, seed=2))
+
+    straight = engine.session(portrait())
+    push(straight, speech(CHUNK), speech(CHUNK, seed=2))
+    (_, dropped, resumed, _, expected) = seen
+    assert torch.equal(resumed[0], expected[0]) and torch.equal(resumed[1], expected[1])
+    assert not torch.equal(dropped[1], expected[1])
+
+
+def test_interrupt_between_chunks_keeps_the_finished_ones() -> None:
+    engine = small_engine()
+    session = engine.session(portrait())
+    session.push_audio(speech(3 * CHUNK))
+    chunks = iter(session)
+    assert next(chunks).index == 0
+    session.interrupt()
+    assert list(chunks) == []
+    (after,) = push(session, speech(CHUNK))
+    assert after.index == 1
+
+
+def test_audio_pushed_after_an_interrupt_is_kept() -> None:
+    """A listener interrupts an idle stream and speaks at once: nobody iterated in between."""
+    engine = small_engine()
+    session = engine.session(portrait())
+    session.push_audio(speech(CHUNK))
+    session.interrupt()
+    session.push_audio(speech(CHUNK, seed=1))
+    (chunk,) = list(session)
+    assert torch.equal(chunk.audio, speech(CHUNK, seed=1))
+
+
+def test_audio_pushed_after_an_interrupt_mid_chunk_is_kept() -> None:
+    engine = small_engine(steps=3)
+    session = engine.session(portrait())
+
+    def barge_in(step: int) -> None:
+        if step == 1:
+            session.interrupt()
+            session.push_audio(speech(CHUNK, seed=1))
+
+    on_step(engine, barge_in)
+    session.push_audio(speech(2 * CHUNK))
+    chunks = [*session, *session]
+    assert [chunk.index for chunk in chunks] == [0]
+    assert torch.equal(chunks[0].audio, speech(CHUNK, seed=1))
