@@ -1,4 +1,4 @@
-"""Who may import whom (architecture.md), and the other rules that a reader of the code relies on."""
+"""Who may import whom (the table of README.md), and the other rules that a reader of the code relies on."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     found = []
     below = module.removeprefix(PACKAGE).removeprefix(".")
     if below.split(".")[0] not in {*ALLOWED, *TOP, *LEAVES}:
-        found.append(f"{module}: no layer of architecture.md; place it in tests/test_layering.py")
+        found.append(f"{module}: no known layer; place it in tests/test_layering.py")
     for line, name in imports(module, is_package, tree):
         if name.split(".")[0] in MAPPED:
             found.append(f"{module}:{line}: imports {name} under its bare name")
@@ -132,6 +132,11 @@ def library_files() -> list[tuple[str, Path]]:
 )
 def test_the_file_keeps_the_rules(module: str, path: Path) -> None:
     assert violations(module, path.read_text(encoding="utf-8"), path.name == "__init__.py") == []
+
+
+def test_no_test_file_is_too_long() -> None:
+    lines = {path.name: path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("tests/**/*.py")}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_the_walk_finds_the_files() -> None:
