@@ -1,0 +1,245 @@
+"""What the `flashtalk` command refuses: one line, exit code 2, and no file touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import ROOT, arguments, one_error, run, write_inputs
+from media_files import RATE, tone, write_broken_mp3, write_wav
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flashtalk_rt.cli import main
+from flashtalk_rt.modules import weights
+from flashtalk_rt.modules.model import Model
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, face.png and speech.wav (3 s)."""
+    return write_inputs(tmp_path_factory.mktemp("shared"))
+
+
+def image_case(name: str, folder: Path, shared: Path) -> Path:
+    path = folder / name
+    if name == "text.png":
+        path.write_text("no picture")
+    elif name == "cut.png":
+        path.write_bytes((shared / "face.png").read_bytes()[:5000])
+    elif name == "bomb.png":
+        Image.new("1", (12_000, 12_000)).save(path)
+    elif name == "small.png":
+        Image.new("RGB", (63, 63)).save(path)
+    return path
+
+
+def audio_case(name: str, folder: Path) -> Path:
+    path = folder / name
+    if name == "empty.wav":
+        path.write_bytes(b"")
+    elif name == "zero.wav":
+        write_wav(path, np.zeros(0))
+    elif name == "text.wav":
+        path.write_text("no sound" * 100)
+    elif name == "nan.wav":
+        write_wav(path, np.append(tone(2, RATE), np.nan))
+    elif name == "broken.mp3":
+        write_broken_mp3(path)
+    return path
+
+
+CHEAP = [
+    ("image", "missing.png", "does not exist"),
+    ("image", "text.png", "not a picture"),
+    ("image", "cut.png", "truncated"),
+    ("image", "bomb.png", "decompression bomb"),
+    ("image", "small.png", "63 x 63"),
+    ("audio", "missing.wav", "does not exist"),
+    ("audio", "empty.wav", "empty file"),
+    ("audio", "zero.wav", "no samples"),
+    ("audio", "text.wav", "not a readable sound file"),
+    ("audio", "nan.wav", "nan at 2.00 s"),
+    ("audio", "broken.mp3", "cannot be decoded after 0."),
+    ("audio", "face.png", "no audio stream"),
+    ("size", "100x64", "not divisible by 16; the nearest is 96"),
+    ("size", "64x50", "width 50 is not divisible by 16"),
+    ("size", "0x64", "height 0"),
+    ("size", "big", "HEIGHTxWIDTH"),
+    ("steps", "0", "--steps is 0"),
+    ("steps", "-3", "--steps is -3"),
+    ("steps", "four", "--steps"),
+    ("seed", "-1", "--seed"),
+    ("precision", "fp16", "fp32, bf16, fp8"),
+    ("device", "tpu", "cpu, cuda"),
+    ("out", "none/a.mp4", "does not exist"),
+    ("out", "a.avi", "must end in .mp4"),
+    ("out", "/proc/a.mp4", "cannot be written"),
+    ("out", ".", "is a folder"),
+    ("nonsense", "1", "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "text"), CHEAP, ids=[f"{o} {v}" for o, v, _ in CHEAP])
+def test_the_real_command_refuses_in_one_line(
+    shared: Path, tmp_path: Path, option: str, value: str, text: str
+) -> None:
+    """Before torch is imported, and without touching a file that is already there."""
+    out = tmp_path / "a.mp4"
+    out.write_bytes(b"an older video")
+    given: str | Path = value
+    if option == "image":
+        given = image_case(value, tmp_path, shared)
+    elif option == "audio":
+        given = shared / value if value == "face.png" else audio_case(value, tmp_path)
+    elif option == "out":
+        given = tmp_path / value
+    code, _, err = run(arguments(shared, out, **{option: given}))
+    assert text in one_error(code, err)
+    if option in ("image", "audio", "out"):
+        assert str(given) in err
+    assert out.read_bytes() == b"an older video"
+
+
+def test_a_missing_option_is_one_line(shared: Path) -> None:
+    code, _, err = run(["generate", "--image", str(shared / "face.png")])
+    assert "--audio" in one_error(code, err)
+
+
+def test_nothing_slow_is_imported_before_the_checks() -> None:
+    code = (
+        "import sys; from flashtalk_rt.cli import main\n"
+        "assert main(['--version']) == 0\n"
+        "assert not {'torch', 'av', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert main('generate --image none --audio none --out /tmp/none.mp4'.split()) == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["image", "audio"])
+def test_an_input_is_never_overwritten(
+    shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    source = tmp_path / "in.mp4"
+    shutil.copy(shared / {"image": "face.png", "audio": "speech.wav"}[name], source)
+    data = source.read_bytes()
+    (tmp_path / "link.mp4").symlink_to(source)
+    code = main(arguments(shared, tmp_path / "link.mp4", **{name: source}))
+    assert f"the --{name} file itself" in one_error(code, capfd.readouterr().err)
+    assert source.read_bytes() == data
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    device = f"cuda:{torch.cuda.device_count()}"
+    code = main(arguments(shared, tmp_path / "a.mp4", device=device))
+    assert f"--device is {device}" in one_error(code, capfd.readouterr().err)
+
+
+def test_a_picture_from_another_world_is_refused(
+    shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a photograph is by the embedded model."""
+    load = weights.load
+
+    def strict(*values: object) -> Model:
+        return dataclasses.replace(load(*values), min_portrait_psnr_db=60.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(weights, "load", strict)
+    code = main(arguments(shared, tmp_path / "a.mp4"))
+    assert "--checkpoint" in one_error(code, capfd.readouterr().err)
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def checkpoint_case(kind: str, shared: Path, folder: Path) -> Path:
+    if kind == "no folder":
+        return folder / "none"
+    target = folder / "checkpoint"
+    if kind == "pickle":
+        return published_with_pickle(target)
+    shutil.copytree(shared / "model", target)
+    dit = next(target.glob("dit-*.safetensors"))
+    if kind == "missing":
+        (target / "vae.safetensors").unlink()
+        dit.unlink()
+    elif kind == "shape":
+        tensors = load_file(dit)
+        tensors["head.head.bias"] = torch.zeros(3)
+        save_file(tensors, dit)
+    elif kind == "truncated":
+        dit.write_bytes(dit.read_bytes()[:-1000])
+    elif kind == "json":
+        (target / "flashtalk.json").write_text("{")
+    return target
+
+
+class Program:
+    """Unpickling it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def published_with_pickle(folder: Path) -> Path:
+    """A folder whose names are the published ones, and whose VAE file holds a program."""
+    audio = folder / "chinese-wav2vec2-base"
+    tokenizer = folder / "google" / "umt5-xxl"
+    for path in (audio, tokenizer):
+        path.mkdir(parents=True)
+    for path in (folder, audio):
+        (path / "config.json").write_text(json.dumps({}))
+    (tokenizer / "tokenizer.json").write_text("{}")
+    save_file({"x": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors")
+    names = ("models_t5_umt5-xxl-enc-bf16.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    for path in (*(folder / name for name in names), audio / "pytorch_model.bin"):
+        torch.save({"x": torch.zeros(1)}, path)
+    with zipfile.ZipFile(folder / "Wan2.1_VAE.pth", "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({"x": Program(folder / "it ran")}, protocol=2))
+        file.writestr("archive/version", "3\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        ("no folder", ["none"]),
+        ("missing", ["vae.safetensors", "dit-00001-of-00001.safetensors"]),
+        ("shape", ["head.head.bias", "[3]", "[64]"]),
+        ("truncated", ["dit-00001-of-00001.safetensors", "truncated"]),
+        ("json", ["flashtalk.json"]),
+        ("pickle", ["Wan2.1_VAE.pth", "refused"]),
+    ],
+)
+def test_a_bad_checkpoint_is_one_line(
+    shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, texts: list[str]
+) -> None:
+    out = tmp_path / "a.mp4"
+    out.write_bytes(b"an older video")
+    folder = checkpoint_case(kind, shared, tmp_path)
+    code = main(arguments(shared, out, checkpoint=folder))
+    line = one_error(code, capfd.readouterr().err)
+    assert [text for text in texts if text not in line] == []
+    assert out.read_bytes() == b"an older video"
+    assert not (folder / "it ran").exists()
+
+
+def test_the_program_in_the_pickle_would_run(tmp_path: Path) -> None:
+    """So that the test above can fail."""
+    folder = published_with_pickle(tmp_path / "checkpoint")
+    with zipfile.ZipFile(folder / "Wan2.1_VAE.pth") as file:
+        pickle.loads(file.read("archive/data.pkl"))
+    assert (folder / "it ran").exists()
