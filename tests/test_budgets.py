@@ -265,7 +265,7 @@ def test_a_copy_without_git_says_its_commit(tmp_path: Path) -> None:
 
 
 def test_the_work_is_what_the_design_says() -> None:
-    """TFLOP of ../shared/design/performance.md, counted there by hand."""
+    """TFLOP of the published sizes, counted by hand when the runtime was designed."""
     dit, vae = DiTConfig(), VAEConfig()
     for stream, (linears, attention, decode) in {
         StreamConfig(): (340, 120, 97),

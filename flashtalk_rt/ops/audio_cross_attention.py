@@ -1,7 +1,7 @@
 """Audio cross-attention: each latent frame's tokens against that frame's audio keys, in two forms.
 
 Plain: q = x Wq^T + bq, attention, output projection.  Absorbed: q has no norm and a frame few keys, so
-both projections fold into matrices of that frame (performance.md, item 3):
+both projections fold into matrices of that frame:
 
     scores = (x Wq^T + bq)_h . K_h D^-0.5 = x A + a_bias
     out    = sum_h P_h V_h Wo_h^T + bo    = P B, for each head's weights P_h sum to 1: bo is in head 0's rows

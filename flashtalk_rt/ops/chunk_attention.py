@@ -18,9 +18,8 @@ from ._dispatch import TRITON, Backend, Case, OpSpec, Situation, backend_for
 MAX_HEAD_DIM = 128  # of every backend but sdpa
 
 # TFLOP/s of the unmasked bfloat16 forward pass by number of heads, at 12,096 tokens and head dimension 128,
-# on one H100 80GB with torch 2.11, CUDA 13 and flash-attn-4 4.0.0b36 (shared/design/performance.md); ours
-# later, beside a cuDNN that then reached 590 (2026-11-24).  FlashAttention-3 was not measured, nor ours with
-# 5 heads.
+# on one H100 80GB with torch 2.11, CUDA 13 and flash-attn-4 4.0.0b36; ours later, beside a cuDNN that then
+# reached 590 (2026-11-24).  FlashAttention-3 was not measured, nor ours with 5 heads.
 MEASURED_TFLOPS = {
     40: {"cuda": 715, "fa4": 704, "cudnn": 610, "triton": 495, "fa2": 366},
     5: {"fa4": 557, "cudnn": 549, "fa2": 312},

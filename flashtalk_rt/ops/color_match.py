@@ -1,4 +1,4 @@
-"""Colour matching in CIE Lab (system.md): the frames are read once to be measured, once to be moved."""
+"""Colour matching in CIE Lab: the frames are read once to be measured, once to be moved."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def padding_bias(real: int, length: int, device: torch.device) -> Tensor:
 
     The padded tokens all have the same key and value, so the first of them counts for all, by
     log(length - real), and the others are hidden; the real tokens keep 0.  Exact: m equal keys add
-    m e^s = e^(s + log m) to a softmax (performance.md, item 1).  ValueError unless 0 <= real <= length.
+    m e^s = e^(s + log m) to a softmax.  ValueError unless 0 <= real <= length.
     """
     if not 0 <= real <= length:
         raise ValueError(f"{real} real tokens of {length}")

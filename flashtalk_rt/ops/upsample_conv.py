@@ -2,8 +2,8 @@
 
 An upsampled pixel's 3x3 neighbourhood covers only 2x2 small pixels, so each of the four phases (even or odd
 row, even or odd column) is a 2x2 convolution whose weights are sums of the 3x3 ones: 2.25 times fewer
-operations, and the upsampled intermediate never exists (performance.md, exact algebra 6).  The four run as
-one convolution with four times the outputs; a pass then interleaves their pixels.
+operations, and the upsampled intermediate never exists.  The four run as one convolution with four times the
+outputs; a pass then interleaves their pixels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage 1: supervised flow matching on chunks (arXiv 2512.23379; training.md).
+"""Stage 1: supervised flow matching on chunks (arXiv 2512.23379).
 
 x_t = (1 - t) x + t noise, v = noise - x.  One noise level for all frames of a clip; the motion
 latents stay clean and leave the loss.

@@ -1,4 +1,4 @@
-"""How well the toy talks: every metric of training.md, beside the rows it must be read against."""
+"""How well the toy talks: every metric of the model card, beside the rows it must be read against."""
 
 from __future__ import annotations
 
