@@ -21,11 +21,9 @@ from safetensors.torch import load_file
 from flashtalk_rt.errors import CheckpointError, InputError, OutputError
 from flashtalk_rt.modules import convert as layout
 from flashtalk_rt.modules import weights
-from flashtalk_rt.modules.convert import convert, load_converted, save_converted
+from flashtalk_rt.modules.convert import convert, save_converted
 from flashtalk_rt.modules.toy_encoders import MelAudioEncoder
 from flashtalk_rt.modules.weights import load
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def test_a_toy_model_saves_and_loads(tmp_path: Path) -> None:
     model = tiny.model()
     model.label = "toy model"
     save_converted(model, tmp_path / "toy", torch.float32)
-    after = load_converted(tmp_path / "toy", CPU, torch.float32)
+    after = load(tmp_path / "toy", "cpu", torch.float32)
     assert_same_bits(state(model), state(after))
     assert (after.dit.config, after.vae.config, after.stream, after.label) == (
         model.dit.config,

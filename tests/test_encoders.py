@@ -9,6 +9,7 @@ import tiny_published as tiny
 import torch
 import torch.nn.functional as F
 import transformers
+from published_encoders import clip_from_published, umt5_from_published, wav2vec2_from_published
 from torch import Tensor
 
 from flashtalk_rt.errors import CheckpointError, InputError
@@ -19,10 +20,8 @@ from flashtalk_rt.modules.encoders import (
     Wav2Vec2AudioEncoder,
     clean_prompt,
     clip_config,
-    clip_from_published,
     folder_tokenizer,
     umt5_config,
-    umt5_from_published,
 )
 
 CLIP: dict[str, Any] = {"image_size": 28, "patch_size": 14, "dim": 80, "heads": 2, "layers": 3}
@@ -34,7 +33,6 @@ UMT5: dict[str, Any] = {
     "heads": 2,
     "layers": 2,
     "num_buckets": 8,
-    "shared_pos": False,
 }
 
 
@@ -60,8 +58,7 @@ def test_wav2vec2_is_the_stock_network_where_interpolation_is_the_identity(stabl
     norm = "layer" if stable else "group"
     values = {**tiny.AUDIO.to_dict(), "do_stable_layer_norm": stable, "feat_extract_norm": norm}
     config = transformers.Wav2Vec2Config(**values)
-    encoder = Wav2Vec2AudioEncoder(config)
-    encoder.load_published(tiny.wav2vec2_state(config))
+    encoder = wav2vec2_from_published(tiny.wav2vec2_state(config), config)
     samples = 0.1 * torch.randn(400 + 320 * 9)  # ten convolution features exactly
     expected = stock_wav2vec2(encoder, samples)
     assert expected.shape == (10, 2, 32)
@@ -70,8 +67,7 @@ def test_wav2vec2_is_the_stock_network_where_interpolation_is_the_identity(stabl
 
 def test_wav2vec2_interpolates_to_the_frames_and_ignores_scale() -> None:
     torch.manual_seed(0)
-    encoder = Wav2Vec2AudioEncoder(tiny.AUDIO)
-    encoder.load_published(tiny.wav2vec2_state())
+    encoder = wav2vec2_from_published(tiny.wav2vec2_state(), tiny.AUDIO)
     samples = 0.1 * torch.randn(16_000)
     out = encoder(samples, 25)
     assert out.shape == (25, 2, 32) and not out.requires_grad
@@ -201,7 +197,7 @@ def stock_umt5(state: dict[str, Tensor]) -> transformers.UMT5EncoderModel:
 def test_umt5_is_the_stock_network_cut_to_the_real_tokens(shared: bool) -> None:
     torch.manual_seed(0)
     state = tiny.random_state(tiny.umt5_shapes(shared=shared))
-    encoder = umt5_from_published(state, {**UMT5, "shared_pos": shared})
+    encoder = umt5_from_published(state, UMT5)
     ids = torch.tensor([[3, 4, 5, 6, 7, 1, 0, 0, 0]])
     mask = (ids > 0).long()
     with torch.no_grad():

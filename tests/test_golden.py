@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from published_encoders import clip_from_published, umt5_from_published, wav2vec2_from_published
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Wav2Vec2Config
 
 from flashtalk_rt import ops
 from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
-from flashtalk_rt.modules import encoders
 from flashtalk_rt.modules.dit import DiT
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.modules.toy_encoders import MelAudioEncoder, NullTextEncoder, PatchImageEncoder
@@ -96,19 +96,18 @@ def run_color(case: Case, device: str, dtype: torch.dtype) -> Outputs:
 
 
 def run_clip(case: Case, device: str, dtype: torch.dtype) -> Outputs:
-    encoder = encoders.clip_from_published(case.weights(), case.spec["config"]).to(device, dtype)
+    encoder = clip_from_published(case.weights(), case.spec["config"]).to(device, dtype)
     return {"out": encoder(case.input("in.image").tanh().to(device))}
 
 
 def run_umt5(case: Case, device: str, dtype: torch.dtype) -> Outputs:
-    encoder = encoders.umt5_from_published(case.weights(), case.spec["config"]).to(device, dtype)
+    encoder = umt5_from_published(case.weights(), case.spec["config"]).to(device, dtype)
     ids, mask = (torch.tensor(case.spec[name], device=device) for name in ("ids", "mask"))
     return {"out": encoder.encode(ids, mask)}
 
 
 def run_wav2vec2(case: Case, device: str, dtype: torch.dtype) -> Outputs:
-    encoder = encoders.Wav2Vec2AudioEncoder(Wav2Vec2Config(**case.spec["config"]))
-    encoder.load_published(case.weights())
+    encoder = wav2vec2_from_published(case.weights(), Wav2Vec2Config(**case.spec["config"]))
     samples = 0.1 * case.input("in.audio")
     return {"out": encoder.to(device, dtype)(samples.to(device), case.spec["seq_len"])}
 

@@ -37,7 +37,6 @@ from .weights import (
     SafetensorsFiles,
     StateSource,
     build,
-    load_checkpoint,
     parameters_of,
     read_checkpoint,
 )
@@ -100,11 +99,6 @@ def save_converted(model: Model, out: str | Path, dtype: torch.dtype) -> None:
         },
     )
     write_converted(checkpoint, Path(out), {"dit": dtype, "vae": dtype})
-
-
-def load_converted(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Model:
-    """The model of a folder in our layout; see `weights.load`."""
-    return load_checkpoint(read_converted(Path(folder)), device, dtype)
 
 
 def read_converted(folder: Path) -> Checkpoint:

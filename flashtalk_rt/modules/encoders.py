@@ -30,8 +30,6 @@ from transformers import (
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
 from ..errors import CheckpointError, InputError
-from .encoder_names import clip_part, umt5_part, wav2vec2_part
-from .weights import StateSource, fill
 
 # OpenAI's CLIP statistics, RGB in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -76,7 +74,7 @@ def clip_config(settings: Mapping[str, Any]) -> CLIPVisionConfig:
 
 
 def umt5_config(settings: Mapping[str, Any]) -> UMT5Config:
-    """`vocab, dim, dim_attn, dim_ffn, heads, layers, num_buckets`; `shared_pos` only matters to the names."""
+    """`vocab, dim, dim_attn, dim_ffn, heads, layers, num_buckets`."""
     return UMT5Config(
         vocab_size=settings["vocab"],
         d_model=settings["dim"],
@@ -107,10 +105,6 @@ class Wav2Vec2AudioEncoder(nn.Module):
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             self._min_samples = (self._min_samples - 1) * stride + kernel
         self.eval()
-
-    def load_published(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a state dict with the published names, float32, onto the CPU."""
-        fill(self, wav2vec2_part(StateSource("wav2vec2 weights", state)), torch.device("cpu"), torch.float32)
 
     @torch.no_grad()
     def forward(self, samples: Tensor, frames: int) -> Tensor:
@@ -238,26 +232,6 @@ class Umt5TextEncoder(nn.Module):
             ids = ids[mask.bool()][None]
         states: Tensor = self.model(input_ids=ids.to(device)).last_hidden_state
         return states
-
-
-def clip_from_published(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> ClipImageEncoder:
-    """An encoder of `clip_config`'s settings with the weights of `state` (published names), float32, CPU."""
-    encoder = ClipImageEncoder(clip_config(settings))
-    part = clip_part(StateSource("CLIP weights", state), settings["layers"])
-    fill(encoder, part, torch.device("cpu"), torch.float32)
-    return encoder
-
-
-def umt5_from_published(
-    state: Mapping[str, Tensor],
-    settings: Mapping[str, Any],
-    tokenize: Tokenize | None = None,
-    text_len: int = 512,
-) -> Umt5TextEncoder:
-    """An encoder of `umt5_config`'s settings with the weights of `state` (published names), float32, CPU."""
-    encoder = Umt5TextEncoder(umt5_config(settings), tokenize, text_len)
-    fill(encoder, umt5_part(StateSource("umT5 weights", state)), torch.device("cpu"), torch.float32)
-    return encoder
 
 
 def clean_prompt(prompt: str) -> str:

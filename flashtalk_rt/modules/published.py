@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config import DiTConfig, StreamConfig, VAEConfig
 from ..errors import CheckpointError
 from .encoder_names import clip_part, clip_settings, size, umt5_part, umt5_settings, wav2vec2_part
 from .encoders import WAV2VEC2_SETTINGS, wav2vec2_config
-from .model import Model
-from .weights import Checkpoint, Part, SafetensorsFiles, Source, load_checkpoint, open_pth
+from .weights import Checkpoint, Part, SafetensorsFiles, Source, open_pth
 
 VAE_FILE = "Wan2.1_VAE.pth"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -39,11 +36,6 @@ _FIXED = {
     "norm_input_visual": True,
     "norm_output_audio": True,
 }
-
-
-def load_published(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Model:
-    """The model of a folder in the published layout; see `weights.load`."""
-    return load_checkpoint(read_published(Path(folder)), device, dtype)
 
 
 def read_published(folder: Path) -> Checkpoint:
