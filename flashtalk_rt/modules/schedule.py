@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from torch import Tensor
 
 from ..config import Sampler
 from ..errors import InputError
 
+Time = TypeVar("Time", float, Tensor)
 
-def shift_time(t: float, shift: float) -> float:
+
+def shift_time(t: Time, shift: float) -> Time:
     """t' = s t / (1 + (s - 1) t) on the 0..1 scale: more of the steps at high noise."""
     return shift * t / (1 + (shift - 1) * t)
 

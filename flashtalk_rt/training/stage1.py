@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..modules.audio import audio_windows
 from ..modules.dit import DiT
+from ..modules.schedule import shift_time
 
 
 class FlowBatch(NamedTuple):
@@ -20,7 +21,7 @@ class FlowBatch(NamedTuple):
 
     target: Tensor  # [B, z, T, h, w] clean latent
     noise: Tensor  # [B, z, T, h, w] standard normal
-    t: Tensor  # [B] noise levels in (0, 1)
+    t: Tensor  # [B] noise levels in [0, 1)
     motion: Tensor  # [B, z, m, h, w] the past, clean
     y: Tensor  # [B, 4 + z, T, h, w]
     text: Tensor  # [B, L, text_dim]
@@ -30,9 +31,9 @@ class FlowBatch(NamedTuple):
 
 
 def sample_times(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1): uniform, then t' = s t / (1 + (s - 1) t)."""
+    """Noise levels [count] in [0, 1): uniform, then shifted as the sampler's are (`shift_time`)."""
     uniform = torch.rand(count, generator=generator, device=generator.device)
-    return shift * uniform / (1 + (shift - 1) * uniform)
+    return shift_time(uniform, shift)
 
 
 def flow_matching_loss(dit: DiT, batch: FlowBatch) -> Tensor:
