@@ -137,7 +137,8 @@ def fit(
             log(f"step {step + 1}/{config.steps}  loss {mean:.4f}  {seconds:.0f} s")
             if not math.isfinite(mean):
                 raise CheckpointError(
-                    f"the loss is {mean} at step {step + 1}; resume from {checkpoint} with a lower rate"
+                    f"the loss is {mean} at step {step + 1}; run again with a lower learning rate: it goes "
+                    f"on from the last save in {checkpoint}, if there is one"
                 )
             if time.perf_counter() - saved > config.save_every_s:
                 _save(checkpoint, step + 1, net, optimizer, average, generator, history, seconds)
