@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from random_tensors import normal
 from skimage.color import rgb2lab
 from torch import Tensor
 
@@ -22,10 +23,6 @@ BACKENDS = [
     pytest.param("cuda", "torch", marks=pytest.mark.gpu),
     pytest.param("cuda", "triton", marks=pytest.mark.gpu),
 ]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def exact_statistics(frames: Tensor) -> tuple[Tensor, Tensor]:

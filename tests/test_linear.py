@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from random_tensors import normal
 
 from flashtalk_rt import ops
 from flashtalk_rt.modules.linear import Linear, linear_gelu
-
-
-def normal(*shape: int, seed: int, device: str) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

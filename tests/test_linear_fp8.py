@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from random_tensors import normal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,10 +22,6 @@ BACKENDS = [
     ),
     pytest.param("cuda", "triton", marks=pytest.mark.gpu),
 ]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from random_tensors import normal
 from skimage.color import lab2rgb, rgb2lab
 from torch import Tensor
 
@@ -18,10 +19,6 @@ from flashtalk_rt.ops import reference
 from flashtalk_rt.ops._dispatch import OpSpec, Situation
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def qkv(length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from random_tensors import normal
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -32,10 +33,6 @@ FUSED = (
     "upsample_conv",
     "vae_head",
 )  # the modules of ops with a Triton backend
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def random_vae(config: VAEConfig = SMALL) -> VAE:
