@@ -132,14 +132,15 @@ def stock_clip(state: dict[str, Tensor], settings: dict[str, Any]) -> transforme
     return network
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_clip_is_the_stock_hidden_state_before_the_last_block(activation: str) -> None:
+@pytest.mark.parametrize(("activation", "side"), [("gelu", 28), ("quick_gelu", 28), ("gelu", 39)])
+def test_clip_is_the_stock_hidden_state_before_the_last_block(activation: str, side: int) -> None:
+    """39 pixels hold two patches of 14 and are scaled to all the same."""
     torch.manual_seed(0)
     state = tiny.random_state(tiny.clip_shapes())
-    settings = {**CLIP, "activation": activation}
+    settings = {**CLIP, "activation": activation, "image_size": side}
     encoder = clip_from_published(state, settings)
     image = torch.rand(1, 3, 1, 50, 34) * 2 - 1
-    pixels = F.interpolate(image[:, :, 0], (28, 28), mode="bicubic", align_corners=False)
+    pixels = F.interpolate(image[:, :, 0], (side, side), mode="bicubic", align_corners=False)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     with torch.no_grad():
         states = stock_clip(state, settings)(

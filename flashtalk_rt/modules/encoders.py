@@ -8,7 +8,6 @@ Importing this module imports transformers, which takes seconds: the loaders do 
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -149,8 +148,7 @@ class ClipImageEncoder(nn.Module):
         positions = self.model.embeddings.num_positions
         ids = torch.arange(positions, device="cpu")[None]
         self.model.embeddings.register_buffer("position_ids", ids, persistent=False)
-        patch = self.model.embeddings.patch_embedding.kernel_size[0]
-        self._side = patch * math.isqrt(positions - 1)  # pixels
+        self._side = self.model.embeddings.image_size  # pixels; the patches need not fill it
         self.eval()
 
     @torch.no_grad()
@@ -160,7 +158,7 @@ class ClipImageEncoder(nn.Module):
         """
         weight = self.model.embeddings.patch_embedding.weight
         pixels = image[:, :, 0].to(weight.device, torch.float32)
-        pixels = F.interpolate(pixels, size=(self._side, self._side), mode="bicubic", align_corners=False)
+        pixels = F.interpolate(pixels, size=self._side, mode="bicubic", align_corners=False)
         mean = pixels.new_tensor(CLIP_MEAN)[:, None, None]
         std = pixels.new_tensor(CLIP_STD)[:, None, None]
         pixels = (pixels * 0.5 + 0.5 - mean) / std
