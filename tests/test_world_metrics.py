@@ -85,23 +85,25 @@ def test_identity_drift_is_not_a_constant_error() -> None:
 def test_boundary_ratio_finds_the_seam() -> None:
     joins = [28, 56, 84]
     frames = torch.arange(112.0)[:, None, None, None].expand(112, 3, 4, 4) * 0.01
-    assert metrics.boundary_ratio(metrics.motion(frames), joins).item() == pytest.approx(1)
+    assert metrics.boundary_ratio(metrics.frame_change(frames), joins).item() == pytest.approx(1)
     jumping = frames.clone()
     for join in joins:
         jumping[join:] += 0.04
-    assert metrics.boundary_ratio(metrics.motion(jumping), joins).item() == pytest.approx(5, rel=1e-3)
-    assert metrics.boundary_ratio(metrics.motion(jumping), [j + 1 for j in joins]).item() == pytest.approx(
-        1, rel=1e-3
-    )
+    assert metrics.boundary_ratio(metrics.frame_change(jumping), joins).item() == pytest.approx(5, rel=1e-3)
+    assert metrics.boundary_ratio(
+        metrics.frame_change(jumping), [j + 1 for j in joins]
+    ).item() == pytest.approx(1, rel=1e-3)
     still = torch.zeros(112, 2)
-    assert metrics.boundary_ratio(metrics.motion(still), joins).item() == 1
+    assert metrics.boundary_ratio(metrics.frame_change(still), joins).item() == 1
     still[28:] = 1
-    assert metrics.boundary_ratio(metrics.motion(still), [28]).item() == math.inf
+    assert metrics.boundary_ratio(metrics.frame_change(still), [28]).item() == math.inf
     clips = torch.stack([frames, jumping])
-    assert metrics.boundary_ratio(metrics.motion(clips, 1), joins).tolist() == pytest.approx([1, 5], rel=1e-3)
+    assert metrics.boundary_ratio(metrics.frame_change(clips, 1), joins).tolist() == pytest.approx(
+        [1, 5], rel=1e-3
+    )
     for bad in ([], [0], [112]):
         with pytest.raises(ValueError, match="joins"):
-            metrics.boundary_ratio(metrics.motion(frames), bad)
+            metrics.boundary_ratio(metrics.frame_change(frames), bad)
 
 
 def test_psnr_matches_skimage_and_the_worst_frame_counts() -> None:

@@ -108,7 +108,7 @@ class Observed:
     identity_error: Tensor  # [N, chunks]
     residual_db: Tensor  # [N, chunks]
     cavity: Tensor  # [N, F]
-    pixel_motion: Tensor  # [N, F - 1] mean absolute change to the next frame
+    pixel_change: Tensor  # [N, F - 1] `metrics.frame_change` of the pictures
     finite: bool
 
 
@@ -127,7 +127,7 @@ def observe(test: TestSet, probe: Probe, frames: Frames) -> Observed:
         residuals.append(metrics.residual_psnr(rendered, video))
         cavity.append(cavity_height(video))
         joined = video if last is None else torch.cat((last, video), dim=1)
-        change.append((joined[:, 1:] - joined[:, :-1]).abs().mean((2, 3, 4)))
+        change.append(metrics.frame_change(joined, time_dim=1))
         last = video[:, -1:]
     return Observed(
         torch.cat(motion, 1),
@@ -157,7 +157,7 @@ def score(test: TestSet, seen: Observed, truth: Observed, floor_db: float) -> Ro
     drift, slope = metrics.identity_drift(seen.identity_error)
     frames = test.stream.new_frames
     joins = range(frames, test.chunks * frames, frames)
-    boundary = metrics.boundary_ratio(seen.pixel_motion.mean(0)[1:], [j - 1 for j in joins][1:])
+    boundary = metrics.boundary_ratio(seen.pixel_change.mean(0)[1:], [j - 1 for j in joins][1:])
     low, high = metrics.bootstrap_interval(sync.r, torch.Generator().manual_seed(0))
     return {
         "lip_sync_r": sync.r.mean().item(),

@@ -102,7 +102,7 @@ def identity_drift(errors: Tensor) -> tuple[Tensor, Tensor]:
     return errors[..., -10:].mean(-1) - errors[..., :3].mean(-1), theil_sen_slope(errors)
 
 
-def motion(series: Tensor, time_dim: int = 0) -> Tensor:
+def frame_change(series: Tensor, time_dim: int = 0) -> Tensor:
     """Mean absolute change to the next frame over the axes after `time_dim`: [..., T, ...] -> [..., T-1]."""
     step = series.double().diff(dim=time_dim).abs()
     return step if time_dim == step.ndim - 1 else step.flatten(time_dim + 1).mean(-1)
@@ -111,8 +111,8 @@ def motion(series: Tensor, time_dim: int = 0) -> Tensor:
 def boundary_ratio(change: Tensor, joins: Sequence[int]) -> Tensor:
     """Median motion into the first frame of a chunk over median motion elsewhere: [..., T-1] -> [...].
 
-    change: `motion` of frames or of parameters. joins: each chunk's first frame (1..T-1), the first chunk's
-    left out. 1 where no seam shows or nothing moves, inf where only the joins move.
+    change: `frame_change` of frames or of parameters. joins: each chunk's first frame (1..T-1), the first
+    chunk's left out. 1 where no seam shows or nothing moves, inf where only the joins move.
 
     Closes: chunks that are each perfect but jump at the joins, which averages over all frames dilute 28-fold.
     """
