@@ -40,6 +40,8 @@ class LayerContext:
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, [..., dim]."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -59,6 +61,8 @@ class LayerNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Attention with rotary positions, of all tokens or by chunks; q and k pass an RMSNorm of the full width."""
+
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads, self.eps = num_heads, eps
@@ -72,6 +76,8 @@ class SelfAttention(nn.Module):
             self._fused = Fused(self.q, self.k, self.v)
 
     def forward(self, x: Tensor | Quantized, table: Tensor, chunk_tokens: int | None) -> Tensor:
+        """x [B, L, dim], table [L, D / 2, 2] from `ops.rope_table`, chunk_tokens as in `ops.chunk_attention`
+        -> [B, L, dim]."""
         q, k, v = (self.q(x), self.k(x), self.v(x)) if self._fused is None else self._fused(x)
         q = ops.qk_norm_rope(q, self.norm_q.weight, table, self.num_heads, self.eps)
         k = ops.qk_norm_rope(k, self.norm_k.weight, table, self.num_heads, self.eps)
@@ -100,6 +106,7 @@ class CrossAttention(nn.Module):
         )
 
     def forward(self, x: Tensor | Quantized, context: LayerContext) -> Tensor:
+        """x [B, L, dim] -> [B, L, dim]."""
         q = ops.qk_norm_rope(self.q(x), self.norm_q.weight, None, self.num_heads, self.eps)
         out = ops.dual_cross_attention(q, *context.text, *context.image, text_bias=context.text_bias)
         return self.o(out.flatten(2))  # type: ignore[no-any-return]
@@ -120,6 +127,7 @@ class AudioCrossAttention(nn.Module):
         return k.contiguous(), v.contiguous()  # once, not in every step
 
     def forward(self, x: Tensor, audio: KeysValues) -> Tensor:
+        """x [B, T S, dim], S tokens a latent frame; audio from `context` -> [B, T S, dim]."""
         if x.is_cuda and not torch.is_grad_enabled() and not ops.plainly():
             frames, keys = audio[0].shape[1:3]
             work = ops.AudioWork(
@@ -146,6 +154,8 @@ class FeedForward(nn.Sequential):
 
 
 class ImageEmbedding(nn.Module):
+    """Image tokens [B, tokens, image_dim] -> [B, tokens, dim]."""
+
     def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(

@@ -52,6 +52,8 @@ TEMPORAL_DOWN = (False, True, True)
 
 
 class Encoder(nn.Module):
+    """Video to the moments of its latent, the next frames of it a call."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         dims = [config.dim * m for m in (1, *config.dim_mult)]
@@ -68,6 +70,9 @@ class Encoder(nn.Module):
         self.head = head(dims[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, cursor: CacheCursor) -> Tensor:
+        """x [B, 3, T, H, W]: T is 1 at a video's start, else divisible by 4.
+
+        -> [B, 2 z, 1 or T / 4, H / 8, W / 8], before `VAE.conv1`."""
         stream: Tensor | Sum = self.conv1(with_past(x, cursor))
         for layers in (self.downsamples, self.middle):
             stream = run(layers, stream, cursor)
@@ -79,6 +84,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """A latent behind `VAE.conv2` to video, the next latent frames of it a call."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths = tuple(reversed(config.dim_mult))
@@ -98,6 +105,8 @@ class Decoder(nn.Module):
         self.head = head(dims[-1], 3)
 
     def forward(self, x: Tensor, cursor: CacheCursor, clamp: bool = False) -> Tensor:
+        """x [B, z, t, h, w], t = 1 at a video's start -> [B, 3, 1 or 4 t, 8 h, 8 w], clamped to [-1, 1] if
+        asked."""
         stream: Tensor | Sum = self.conv1(with_past(x, cursor))
         for layers in (self.middle, self.upsamples):
             stream = run(layers, stream, cursor)

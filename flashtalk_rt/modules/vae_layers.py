@@ -43,6 +43,7 @@ class CacheCursor:
         return None if self._rooms is None else self._rooms[layer][:, :, -(2 + frames) :]
 
     def put(self, future: Tensor) -> None:
+        """What this layer is to see as its past in the next call; the cursor goes on to the next layer."""
         if self._rooms is not None:
             room = self._rooms[len(self.future)][:, :, -future.shape[2] :]
             if future.data_ptr() != room.data_ptr():
@@ -171,6 +172,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def forward(self, stream: Tensor | Sum, cursor: CacheCursor) -> Tensor | Sum:
+        """[B, in, T, H, W] -> [B, out, T, H, W], each whole or as the sum that it is."""
         norm1, _, conv1, norm2, _, _, conv2 = cast(_Residual, tuple(self.residual))
         past = cursor.take()
         if isinstance(stream, Sum):
@@ -199,6 +201,7 @@ class SpatialAttention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> the same shape."""
         # On NDHWC activations a frame's pixels are rows already, and a 1x1 convolution is a linear layer.
         rows = self.norm(x.movedim(1, -1).flatten(2, 3))  # [B, T, H * W, C]
         q, k, v = F.linear(rows, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
@@ -215,7 +218,10 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halve the picture, and the frame rate too when `temporal`."""
+    """Halve the picture, and the frame rate too when `temporal`.
+
+    [B, C, T, H, W] -> [B, C, T or T / 2, H / 2, W / 2]; a video's first frame stands alone.
+    """
 
     def __init__(self, dim: int, *, temporal: bool) -> None:
         super().__init__()
@@ -234,7 +240,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the picture, and the frame rate too when `temporal`."""
+    """Double the picture, and the frame rate too when `temporal`.
+
+    [B, C, T, H, W] -> [B, C / 2, T or 2 T, 2 H, 2 W]; a video's first frame is not doubled.
+    """
 
     folded: Tensor | None  # the convolution's weights for `ops.upsample_conv`, once `fold` made them
 
