@@ -61,7 +61,7 @@ class LayerNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention with rotary positions, of all tokens or by chunks; q and k pass an RMSNorm of the full width."""
+    """Attention with rotary positions, of all tokens or by chunks; q and k are normalised in full width."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
