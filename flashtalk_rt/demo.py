@@ -25,7 +25,7 @@ from .media import AudioReader
 from .modules.audio import normalize_loudness
 from .training.world.face import cavity_height
 from .training.world.metrics import pearson
-from .training.world.speech import mouth_truth
+from .training.world.speech import LOUDNESS_LUFS, SAMPLE_RATE_HZ, mouth_truth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 PORTRAIT = ASSETS / "portrait.png"
 SPEECH = ASSETS / "speech.flac"
-SAMPLE_RATE_HZ = 16_000
-LOUDNESS_LUFS = -23.0  # at which `mouth_truth` is defined
 SHEET_FRAMES = 8
 SHEET_FRAME_PX = 192
 SHEET_HEIGHT_PX, TITLE_PX, AXIS_PX, MARGIN_PX = 520, 34, 44, 16

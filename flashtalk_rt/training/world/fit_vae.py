@@ -15,10 +15,9 @@ from ...modules.vae import STRIDE, VAE
 from ..loop import FitConfig, Log, fit
 from .data import MOUTH, SpeechBank, talk
 from .face import render, sample_identities
-from .motion import sample_motion
+from .motion import FPS, sample_motion
 from .speech import SAMPLE_RATE_HZ, mouth_truth
 
-FPS = 25
 CLIP_FRAMES = 33  # a stream's chunk: trained on shorter clips, the colours of longer ones drift
 KL_WEIGHT = 1e-4
 MOTION_WEIGHT = 12.0  # of the pixels that move (mouth, eyes) over those that do not

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...modules.audio import normalize_loudness
 
 SAMPLE_RATE_HZ = 16_000
-LOUDNESS_LUFS = -23.0
+LOUDNESS_LUFS = -23.0  # of clean speech, at which `mouth_truth` is defined
 
 _HOP = 80  # control tracks move every 5 ms
 _N_FFT = 512
