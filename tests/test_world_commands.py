@@ -72,6 +72,12 @@ def test_a_command_names_what_must_run_before_it(small_world: None, tmp_path: Pa
         commands.world_base(tmp_path, steps=1, batch=1, device="cpu", seed=0)
 
 
+@pytest.mark.parametrize("steps", ["", "4,", "0", "4;8", "four"])
+def test_steps_that_are_no_numbers_are_named(steps: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--steps is '{steps}'"):
+        commands.world_eval(tmp_path, tmp_path / "voices", steps=steps, device="cpu")
+
+
 def test_without_cuda_the_device_is_named(
     small_world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

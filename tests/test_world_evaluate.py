@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashtalk_rt.errors import InputError
 from flashtalk_rt.modules.dit import DiT
 from flashtalk_rt.modules.vae import VAE
 from flashtalk_rt.training.world import evaluate, export, nets
@@ -70,6 +71,12 @@ def test_a_still_picture_is_found_out(rows: dict[str, Row]) -> None:
     assert still["lip_sync_r"] == 0 and still["cavity_r"] == 0
     assert still["pose_variance_ratio"] == 0 and still["collapsed"] == 1
     assert rows["last frame repeated"]["boundary_ratio"] == float("inf"), "it moves at the joins alone"
+
+
+def test_more_chunks_than_the_voices_last_are_refused() -> None:
+    voices = torch.zeros(2, 3 * nets.TOY_STREAM.chunk_samples + 5)
+    with pytest.raises(InputError, match="chunks is 4, but the voices last 3"):
+        evaluate.make_test_set(voices, 2, 4, nets.TOY_STREAM, torch.Generator())
 
 
 def test_swapped_audio_alone_changes_the_frames(held_out: TestSet, networks: tuple[DiT, VAE]) -> None:

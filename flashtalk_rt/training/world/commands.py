@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -236,8 +237,8 @@ def world_eval(
     run: Run,
     voices: Annotated[Path, typer.Option(help="What `world-voices` wrote.")],
     net: Annotated[str, typer.Option(help="Which DiT of the run: stage1 or base.")] = "stage1",
-    chunks: Annotated[int, typer.Option(min=13)] = 20,
-    identities: Annotated[int, typer.Option(min=2)] = 64,
+    chunks: Annotated[int, typer.Option(min=13, help="Of each clip; drift needs 13.")] = 20,
+    identities: Annotated[int, typer.Option(min=2, help="Held-out faces, a clip each.")] = 64,
     steps: Annotated[
         str, typer.Option(help="Denoising steps, comma-separated; the last one also gets swapped audio.")
     ] = "4,24,40,8",
@@ -245,6 +246,8 @@ def world_eval(
     seed: Seed = 4,
 ) -> None:
     """Measure the model on held-out identities and voices; writes eval-*.json."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", steps):
+        raise InputError(f"--steps is {steps!r}; give numbers of steps, comma-separated, such as 4,24,8")
     generator = _start(run, device, seed)
     import torch
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...config import StreamConfig
+from ...errors import InputError
 from ...modules.audio import normalize_loudness
 from ...modules.dit import DiT
 from ...modules.toy_encoders import PatchImageEncoder
@@ -50,7 +51,11 @@ class TestSet:
 def make_test_set(
     voices: Tensor, identities: int, chunks: int, stream: StreamConfig, generator: torch.Generator
 ) -> TestSet:
-    """`voices` [V, S] float32: recordings, cut to `chunks` chunks and shared out over identities."""
+    """`voices` [V, S] float32: recordings, cut to `chunks` chunks and shared out over identities.  InputError
+    where they are shorter."""
+    most = voices.shape[1] // stream.chunk_samples
+    if chunks > most:
+        raise InputError(f"chunks is {chunks}, but the voices last {most}; ask for fewer")
     device = generator.device
     identity = sample_identities(identities, generator, held_out=True).to(device)
     # Of many voices, by an odd stride: neighbours, which stand in for each other, then speak different texts.
