@@ -28,8 +28,8 @@ class Tile:
 TILES: Mapping[int, Tile] = MappingProxyType(
     {16: Tile(64, 4), 32: Tile(64, 4), 64: Tile(64, 4), 128: Tile(64, 4)}
 )
-# One: no exchange through shared memory, no barrier, and 1,024 instructions a token where four warps take 1,760
-# (SASS for sm_90, 32 keys of 40 heads).  Not timed on a GPU yet; four took 0.078 ms at 768 x 448, floor 0.020.
+# One: no exchange through shared memory, no barrier, and 1,024 instructions a token where four warps take
+# 1,760 (SASS for sm_90, 32 keys of 40 heads).  Not timed on a GPU yet; four took 0.078 ms at 768 x 448.
 SOFTMAX_WARPS = 1
 
 
