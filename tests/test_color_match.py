@@ -26,7 +26,8 @@ BACKENDS = [
 
 
 def exact_statistics(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 mean and population deviation of scikit-image's Lab: two [B, T, 3, 1, 1]."""
+    """float64 mean and population deviation of scikit-image's Lab: two [B, T, 3, 1, 1]; its six digits of
+    sRGB's primaries put a and b off by up to 5e-3."""
     rgb = (frames.double().cpu().permute(0, 2, 3, 4, 1) + 1) / 2
     lab = torch.from_numpy(np.asarray(rgb2lab(rgb.numpy()))).movedim(-1, 2)
     return lab.mean((-2, -1), keepdim=True), lab.std((-2, -1), correction=0, keepdim=True)
@@ -39,7 +40,7 @@ def test_statistics_of_a_full_frame(level: float, spread: float, device: str, ba
     frames = (level + spread * normal(1, 3, 1, 768, 448)).clamp(-1, 1).to(device)
     mean, std = ops.lab_statistics(frames, backend=backend)
     exact_mean, exact_std = exact_statistics(frames)
-    torch.testing.assert_close(mean.cpu().double(), exact_mean, rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(mean.cpu().double(), exact_mean, rtol=1e-4, atol=6e-3)
     torch.testing.assert_close(std.cpu().double(), exact_std, rtol=1e-4, atol=1e-5)
 
 
@@ -50,8 +51,11 @@ def test_every_corner_of_the_cube(device: str, backend: str) -> None:
     colors = torch.cartesian_prod(levels, levels, levels)
     frames = (colors.T[None, :, :, None, None] * 2 - 1).expand(-1, -1, -1, 2, 3).contiguous()
     mean, std = (x.cpu() for x in ops.lab_statistics(frames.to(device), backend=backend))
-    np.testing.assert_allclose(mean[0, :, :, 0, 0].numpy(), rgb2lab(colors.double().numpy()), atol=2e-3)
+    np.testing.assert_allclose(mean[0, :, :, 0, 0].numpy(), rgb2lab(colors.double().numpy()), atol=6e-3)
     assert std.abs().max() < 1e-4
+    # Grey has no colour, in the published digits; scikit-image's leave 5e-3, which 3 chunks make 1e-4 of 255.
+    grey = (colors == colors[:, :1]).all(1)
+    assert mean[0, grey, 1:].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)

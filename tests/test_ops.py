@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_tensors import normal
-from skimage.color import lab2rgb, rgb2lab
+from skimage.color import lab2rgb, rgb2lab, xyz2rgb
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -317,18 +317,23 @@ def reinhard(rgb: np.ndarray, target: np.ndarray, strength: float) -> np.ndarray
 
 
 def test_lab_matches_scikit_image() -> None:
+    """Whose six digits of sRGB's primaries put a and b off by up to 5e-3."""
     rgb = picture()
     lab = reference.rgb_to_lab(torch.from_numpy(rgb.transpose(2, 0, 1).copy()))
-    np.testing.assert_allclose(lab.permute(1, 2, 0).numpy(), rgb2lab(rgb.astype(np.float64)), atol=2e-3)
+    np.testing.assert_allclose(lab.permute(1, 2, 0).numpy(), rgb2lab(rgb.astype(np.float64)), atol=6e-3)
     np.testing.assert_allclose(reference.lab_to_rgb(lab).permute(1, 2, 0).numpy(), rgb, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*negative Z values")
-def test_lab_outside_the_gamut_is_clipped_as_scikit_image_does() -> None:
+def test_lab_outside_the_gamut_is_clipped_in_rgb_alone() -> None:
+    """As published: scikit-image's lab2rgb makes a z under zero zero first, which is up to 0.08 of red."""
     draw = np.random.default_rng(1)
     lab = draw.uniform((0, -120, -120), (100, 120, 120), (20, 20, 3))
     ours = reference.lab_to_rgb(torch.from_numpy(lab.transpose(2, 0, 1).copy()).float())
-    np.testing.assert_allclose(ours.permute(1, 2, 0).numpy(), np.clip(lab2rgb(lab), 0, 1), atol=2e-4)
+    y = (lab[..., 0] + 16) / 116
+    f = np.stack((y + lab[..., 1] / 500, y, y - lab[..., 2] / 200), axis=-1)
+    assert (f[..., 2] < 0).mean() > 0.02
+    xyz = np.where(f**3 > 0.008856, f**3, (116 * f - 16) / 903.3) * (0.95047, 1, 1.08883)
+    np.testing.assert_allclose(ours.permute(1, 2, 0).numpy(), xyz2rgb(xyz), atol=2e-4)
 
 
 def test_lab_statistics_are_of_the_population() -> None:
@@ -336,8 +341,8 @@ def test_lab_statistics_are_of_the_population() -> None:
     mean, std = ops.lab_statistics(to_tensor(rgb))
     lab = rgb2lab(rgb.astype(np.float64))
     assert mean.shape == std.shape == (1, 1, 3, 1, 1)
-    np.testing.assert_allclose(mean.flatten().numpy(), lab.mean((0, 1)), rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(std.flatten().numpy(), lab.std((0, 1)), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(mean.flatten().numpy(), lab.mean((0, 1)), rtol=1e-4, atol=6e-3)
+    np.testing.assert_allclose(std.flatten().numpy(), lab.std((0, 1)), rtol=1e-4, atol=6e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*negative Z values")

@@ -43,13 +43,14 @@ def to_linear(c, FAST: tl.constexpr):
 @triton.jit
 def to_lab_curve(t, FAST: tl.constexpr):
     """Lab's f."""
-    return tl.where(t > 0.008856, power(t, 1 / 3, FAST), 7.787 * t + 16 / 116)
+    return tl.where(t > 0.008856, power(t, 1 / 3, FAST), t * (903.3 / 116) + 16 / 116)
 
 
 @triton.jit
 def from_lab_curve(f):
     """The inverse of Lab's f."""
-    return tl.where(f > 0.2068966, f * f * f, (f - 16 / 116) * (1 / 7.787))
+    cube = f * f * f
+    return tl.where(cube > 0.008856, cube, f * (116 / 903.3) - 16 / 903.3)
 
 
 @triton.jit
@@ -63,22 +64,22 @@ def to_gamma(c, FAST: tl.constexpr):
 def to_lab(red, green, blue, FAST: tl.constexpr):
     """sRGB in [0, 1] -> L, a, b."""
     red, green, blue = to_linear(red, FAST), to_linear(green, FAST), to_linear(blue, FAST)
-    x = to_lab_curve((0.412453 * red + 0.357580 * green + 0.180423 * blue) * (1 / 0.95047), FAST)
-    y = to_lab_curve(0.212671 * red + 0.715160 * green + 0.072169 * blue, FAST)
-    z = to_lab_curve((0.019334 * red + 0.119193 * green + 0.950227 * blue) * (1 / 1.08883), FAST)
+    x = to_lab_curve((0.4124564 * red + 0.3575761 * green + 0.1804375 * blue) * (1 / 0.95047), FAST)
+    y = to_lab_curve(0.2126729 * red + 0.7151522 * green + 0.0721750 * blue, FAST)
+    z = to_lab_curve((0.0193339 * red + 0.1191920 * green + 0.9503041 * blue) * (1 / 1.08883), FAST)
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
 @triton.jit
 def to_rgb(lightness, a, b, FAST: tl.constexpr):
-    """L, a, b -> sRGB clipped to [0, 1]; the matrix is the inverse of `to_lab`'s, white points included."""
+    """L, a, b -> sRGB clipped to [0, 1]; the matrix has the white point in it."""
     y = (lightness + 16) * (1 / 116)
     x = from_lab_curve(y + a * (1 / 500))
-    z = from_lab_curve(tl.maximum(y - b * (1 / 200), 0.0))
+    z = from_lab_curve(y - b * (1 / 200))
     y = from_lab_curve(y)
-    red = 3.0799803 * x - 1.53715152 * y - 0.54282131 * z
-    green = -0.92124775 * x + 1.87599 * y + 0.04524734 * z
-    blue = 0.05289046 * x - 0.20404134 * y + 1.15123201 * z
+    red = 3.07995450 * x - 1.53713850 * y - 0.54281594 * z
+    green = -0.92125826 * x + 1.87601080 * y + 0.04524742 * z
+    blue = 0.05288738 * x - 0.20402590 * y + 1.15113851 * z
     return to_gamma(red, FAST), to_gamma(green, FAST), to_gamma(blue, FAST)
 
 

@@ -162,13 +162,20 @@ def audio_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(folded, k.flatten(0, 1), v.flatten(0, 1)).reshape(q.shape)
 
 
-# CIE standard values: sRGB primaries with the D65 white point (IEC 61966-2-1, CIE 15).
+# sRGB's primaries and white point (D65), and the way back, in the published code's digits: the stream feeds
+# its colours back, which multiplies what scikit-image's six digits are off by.
 _RGB_TO_XYZ = (
-    (0.412453, 0.357580, 0.180423),
-    (0.212671, 0.715160, 0.072169),
-    (0.019334, 0.119193, 0.950227),
+    (0.4124564, 0.3575761, 0.1804375),
+    (0.2126729, 0.7151522, 0.0721750),
+    (0.0193339, 0.1191920, 0.9503041),
+)
+_XYZ_TO_RGB = (
+    (3.2404542, -1.5371385, -0.4985314),
+    (-0.9692660, 1.8760108, 0.0415560),
+    (0.0556434, -0.2040259, 1.0572252),
 )
 _WHITE = (0.95047, 1.0, 1.08883)
+_EPSILON, _KAPPA = 0.008856, 903.3  # where Lab's curve turns straight, and how steep it is there
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
@@ -176,19 +183,22 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp(min=0) ** 2.4, rgb / 12.92)
     matrix = rgb.new_tensor(_RGB_TO_XYZ) / rgb.new_tensor(_WHITE)[:, None]
     xyz = torch.einsum("ij,...jhw->...ihw", matrix, linear)
-    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-12) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    f = torch.where(xyz > _EPSILON, xyz.clamp(min=1e-12) ** (1 / 3), (_KAPPA * xyz + 16) / 116)
     x, y, z = f.unbind(-3)
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=-3)
 
 
 def lab_to_rgb(lab: Tensor) -> Tensor:
-    """The inverse of `rgb_to_lab`, clipped to [0, 1]."""
+    """The inverse of `rgb_to_lab`, clipped to [0, 1].
+
+    Out of sRGB's gamut x, y and z may be negative, as published; scikit-image makes z zero there.
+    """
     lightness, a, b = lab.unbind(-3)
     y = (lightness + 16) / 116
-    f = torch.stack((y + a / 500, y, (y - b / 200).clamp(min=0)), dim=-3)
-    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
-    matrix = torch.linalg.inv(lab.new_tensor(_RGB_TO_XYZ).double() / lab.new_tensor(_WHITE).double()[:, None])
-    linear = torch.einsum("ij,...jhw->...ihw", matrix.to(lab.dtype), xyz)
+    f = torch.stack((y + a / 500, y, y - b / 200), dim=-3)
+    xyz = torch.where(f**3 > _EPSILON, f**3, (116 * f - 16) / _KAPPA)
+    matrix = lab.new_tensor(_XYZ_TO_RGB) * lab.new_tensor(_WHITE)
+    linear = torch.einsum("ij,...jhw->...ihw", matrix, xyz)
     gamma = 1.055 * linear.clamp(min=1e-12) ** (1 / 2.4) - 0.055
     return torch.where(linear > 0.0031308, gamma, 12.92 * linear).clamp(0, 1)
 
