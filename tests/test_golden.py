@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import Wav2Vec2Config
 
 from flashtalk_rt import ops
-from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
+from flashtalk_rt.config import DiTConfig, Precision, StreamConfig, VAEConfig
 from flashtalk_rt.modules.dit import DiT
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.modules.toy_encoders import MelAudioEncoder, NullTextEncoder, PatchImageEncoder
 from flashtalk_rt.modules.vae import VAE
 from flashtalk_rt.runtime import Engine
+from flashtalk_rt.runtime.engine import vae_dtype
 from flashtalk_rt.runtime.timing import StageClock
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "golden"
@@ -69,6 +70,10 @@ def cases() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json") if "kind" in json.loads(path.read_text()))
 
 
+def precision_of(dtype: torch.dtype) -> Precision:
+    return "fp32" if dtype == torch.float32 else "bf16"
+
+
 def build(net: DiT | VAE, state: dict[str, Tensor], device: str, dtype: torch.dtype) -> Any:
     net.load_state_dict(state)
     return net.to(device, dtype).eval().requires_grad_(False)
@@ -87,7 +92,9 @@ def run_dit(case: Case, device: str, dtype: torch.dtype) -> Outputs:
 
 
 def run_vae(case: Case, device: str, dtype: torch.dtype) -> Outputs:
-    vae: VAE = build(VAE(VAEConfig(dim=case.spec["dim"])), case.weights(), device, dtype).channels_last()
+    # As an engine of this precision runs it.
+    kept = vae_dtype(precision_of(dtype), torch.device(device))
+    vae: VAE = build(VAE(VAEConfig(dim=case.spec["dim"])), case.weights(), device, kept).channels_last()
     return {
         "out.encode": vae.encode(case.input("in.video").tanh().to(device)),
         "out.decode_unclamped": vae.decode(case.input("in.latent").to(device)),
@@ -144,7 +151,7 @@ def run_chunk_loop(case: Case, device: str, dtype: torch.dtype) -> Outputs:
         text_encoder=NullTextEncoder(config.text_dim),
         stream=stream,
     )
-    engine = Engine(model, precision="fp32" if dtype == torch.float32 else "bf16")
+    engine = Engine(model, precision=precision_of(dtype))
     assert engine.times == pytest.approx([t / 1000 for t in spec["timesteps_after_shift"]])
     constants = engine.constants(
         (0.7 * case.input("in.image")).tanh().to(device),
