@@ -22,10 +22,19 @@ def picture() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def encode(path: Path, samples: np.ndarray, codec: str, rate_hz: int, layout: str, fmt: str | None) -> None:
+def encode(
+    path: Path,
+    samples: np.ndarray,
+    codec: str,
+    rate_hz: int,
+    layout: str,
+    fmt: str | None = None,
+    muxer: dict[str, str] | None = None,
+    encoder: dict[str, str] | None = None,
+) -> None:
     """samples [channels, N] float -> a sound file."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate_hz, layout=layout)
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        stream = container.add_stream(codec, rate=rate_hz, layout=layout, options=encoder or {})
         if fmt is not None:
             stream.format = fmt
         frame = av.AudioFrame.from_ndarray(samples.astype(np.float32), format="fltp", layout=layout)

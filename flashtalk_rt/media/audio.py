@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -13,13 +14,20 @@ import numpy.typing as npt
 import soxr
 
 from ..errors import InputError
+from ..modules.samples import MAX_AMPLITUDE
 
 Samples = npt.NDArray[np.float32]
 
-# Float files can hold anything; beyond this (+120 dB) a sample is damage and would overflow the loudness.
-MAX_AMPLITUDE = 1e6
-# How far before its declared end a stream may stop decoding; above an MP3 frame and its decoder's delay.
-TAIL_S = 0.1
+# How far apart the timestamps of what was read and of what follows, or of the end, may be: above the
+# rounding of any container and one codec frame.
+GAP_S = 0.1
+# Samples that a stream may count and not give: the longest delay of a common encoder (Apple's AAC).
+DELAY_SAMPLES = 2112
+CONTAINERS = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "ogg"}  # by FFmpeg's names
+# Formats whose header or last page knows the length; of others FFmpeg estimates it from the bit rate.
+DECLARING = CONTAINERS | {"aiff", "au", "flac", "tta", "wv"}
+OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # at most
+STREAMED_BYTES = 2**31 - 2**16  # what writes a WAV to a pipe gives it this length or more
 
 
 class AudioReader:
@@ -27,7 +35,10 @@ class AudioReader:
 
     Any sample rate and number of channels; channels are averaged.  Every iteration and every
     `scan` opens the file anew.  Raises InputError: missing, empty, no audio stream, a stream that cannot
-    be decoded (naming the time reached), a sample that is NaN, infinite or over `MAX_AMPLITUDE`.
+    be read whole (naming the time reached), a sample that is NaN, infinite or over `MAX_AMPLITUDE`.
+
+    Read whole: everything decodes, over `GAP_S` is missing nowhere, and it reaches the length that the file
+    declares.  Iterating finds damage when it gets there: what came before it was yielded.
     """
 
     def __init__(self, path: str | Path, sample_rate_hz: int = 16_000) -> None:
@@ -107,16 +118,19 @@ class AudioReader:
     def _frames(self) -> Iterator[av.AudioFrame]:
         """Every decoded frame.
 
-        Packets that do not decode at the very end of a stream of full length are tags some writers
+        Packets that do not decode at the very end of a bare stream of full length are tags some writers
         append (MP3 lyrics, padding); anywhere else they are damage.
         """
-        reached_s = 0.0
+        next_s: float | None = None  # where the next frame should start
+        reached_s, slack_s, cut = 0.0, GAP_S, False
         failed: Exception | None = None
         with self._open() as container:
             stream = container.streams.audio[0]
-            length_s = float((stream.duration or 0) * (stream.time_base or 0))
+            length_s = _declared_s(container)
+            of = f" of {length_s:.2f} s" if length_s else ""
             try:
                 for packet in container.demux(stream):
+                    cut = packet.is_corrupt if packet.size else cut  # fewer bytes than it should have
                     try:
                         frames = packet.decode()
                     except av.error.InvalidDataError as error:
@@ -125,16 +139,66 @@ class AudioReader:
                     for frame in frames:
                         if failed is not None:
                             raise failed
-                        if frame.samples:
-                            reached_s += frame.samples / frame.sample_rate
-                            yield frame
-                if failed is not None and reached_s < length_s - TAIL_S:
-                    raise failed
+                        if not frame.samples:
+                            continue
+                        start_s = (next_s or 0.0) if frame.time is None else frame.time
+                        if next_s is not None and start_s > next_s + GAP_S:
+                            raise self._not_whole(
+                                f"{start_s - next_s:.2f} s are missing at {next_s:.2f} s{of}"
+                            )
+                        next_s = start_s + frame.samples / frame.sample_rate
+                        reached_s = max(reached_s, next_s)  # where files were joined, time starts anew
+                        slack_s = GAP_S + DELAY_SAMPLES / frame.sample_rate
+                        yield frame
+                if failed is not None and not length_s:  # then an estimate is better than nothing
+                    length_s = float((stream.duration or 0) * (stream.time_base or 0))
+                short = reached_s < length_s - slack_s
+                if short or (failed is not None and container.format.name in CONTAINERS):
+                    raise failed or self._not_whole(f"{reached_s:.2f} s{of} were read")
+                if _ends_early(self.path, container.format.name, cut):
+                    raise self._not_whole(f"it breaks off after {reached_s:.2f} s")
             except (av.error.FFmpegError, OSError) as error:
                 raise InputError(
-                    f"audio {self.path} cannot be decoded after {reached_s:.2f} s: "
+                    f"audio {self.path} cannot be decoded after {reached_s:.2f} s{of}: "
                     f"{error.strerror}; the file is damaged, export it again"
                 ) from error
+
+    def _not_whole(self, what: str) -> InputError:
+        return InputError(
+            f"audio {self.path} cannot be read whole: {what}; the file is damaged, export it again"
+        )
+
+
+def _declared_s(container: av.container.InputContainer) -> float:
+    """Where the audio stream ends, as the file says; 0 where it only allows an estimate."""
+    stream, name = container.streams.audio[0], container.format.name
+    # Of an MP3's header frame FFmpeg shows only the encoder's delay, as the start.
+    if name not in DECLARING and not (name == "mp3" and stream.start_time):
+        return 0.0
+    if stream.duration is not None:
+        return float(stream.duration * (stream.time_base or 0))
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))  # Matroska's
+    if tag is not None:
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    alone = len(container.streams) == 1  # else another stream may be longer
+    return container.duration / av.time_base if alone and container.duration else 0.0
+
+
+def _ends_early(path: Path, name: str, cut: bool) -> bool:
+    """Whether a file of a format whose length FFmpeg takes from the bytes there are was cut off.
+
+    cut: the last packet has fewer bytes than it should.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if name == "wav":
+            return cut and size < int.from_bytes(file.read(8)[4:], "little") + 8 < STREAMED_BYTES
+        if name != "ogg":
+            return False
+        file.seek(max(0, size - OGG_PAGE_BYTES))
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def _kind(frame: av.AudioFrame) -> tuple[int, str, int]:
