@@ -9,6 +9,8 @@ import torch
 from streams import CHUNK, frames_of, on_step, portrait, push, run, small_engine, speech
 from torch import Tensor
 
+from flashtalk_rt.runtime import Chunk
+
 
 @pytest.mark.parametrize("at", [1, 3, 6])
 def test_interrupt_stops_within_one_step(at: int) -> None:
@@ -108,3 +110,39 @@ def test_audio_pushed_after_an_interrupt_mid_chunk_is_kept() -> None:
     chunks = [*session, *session]
     assert [chunk.index for chunk in chunks] == [0]
     assert torch.equal(chunks[0].audio, speech(CHUNK, seed=1))
+
+
+def test_two_threads_that_iterate_one_stream_share_its_chunks() -> None:
+    engine = small_engine(steps=2)
+    audio = speech(6 * CHUNK)
+    expected = frames_of(run(engine.session(portrait()), audio))
+    session = engine.session(portrait())
+    session.push_audio(audio)
+    session.end_audio()
+    made: list[Chunk] = []
+    threads = [threading.Thread(target=lambda: made.extend(session)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made.sort(key=lambda chunk: chunk.index)
+    assert [chunk.index for chunk in made] == list(range(6))
+    assert torch.equal(frames_of(made), expected)
+    assert torch.equal(torch.cat([chunk.audio for chunk in made]), audio)
+
+
+def test_an_interrupt_stops_the_thread_that_waits_too() -> None:
+    engine = small_engine(steps=200)
+    session = engine.session(portrait())
+    started = threading.Event()
+    on_step(engine, lambda _: started.set())
+    session.push_audio(speech(4 * CHUNK))
+    made: list[Chunk] = []
+    threads = [threading.Thread(target=lambda: made.extend(session)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(60)
+    session.interrupt()
+    for thread in threads:
+        thread.join(60)
+    assert made == [] and not any(thread.is_alive() for thread in threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import tiny
@@ -9,6 +11,7 @@ import torch
 from streams import CHUNK, FRAME, frames_of, on_step, portrait, push, run, small_engine, speech
 
 from flashtalk_rt.errors import InputError
+from flashtalk_rt.modules.samples import mono_block
 from flashtalk_rt.runtime import Chunk, Engine
 
 
@@ -111,13 +114,41 @@ def test_nothing_pushed_yields_nothing(engine: Engine) -> None:
     assert list(session) == []
 
 
-def test_numpy_and_other_float_widths(engine: Engine) -> None:
+SAME_AUDIO: dict[str, Callable[[np.ndarray], object]] = {
+    "float32": lambda x: x,
+    "float64": lambda x: x.astype(np.float64),
+    "long double": lambda x: x.astype(np.longdouble),
+    "big-endian": lambda x: x.astype(">f4"),
+    "backwards": lambda x: x[::-1].copy()[::-1],
+    "every second": lambda x: np.repeat(x, 2)[::2],
+    "read-only": lambda x: np.frombuffer(x.tobytes(), np.float32),
+    "torch float64": lambda x: torch.from_numpy(x).double(),
+    "torch, with a gradient": lambda x: torch.from_numpy(x).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("kind", SAME_AUDIO)
+@pytest.mark.filterwarnings("error")
+def test_every_float_array_is_the_same_audio(kind: str) -> None:
+    audio = speech(1000)
+    block = mono_block(SAME_AUDIO[kind](audio.numpy().copy()))
+    assert block.dtype == torch.float32 and not block.requires_grad and torch.equal(block, audio)
+
+
+def test_numpy_and_half(engine: Engine) -> None:
     audio = speech(CHUNK)
     base = frames_of(run(engine.session(portrait()), audio))
-    for other in (audio.numpy(), audio.double(), audio.double().numpy()):
-        assert torch.equal(base, frames_of(run(engine.session(portrait()), other)))  # type: ignore[arg-type]
-    half = run(engine.session(portrait()), audio.half())
-    assert half[0].audio.dtype == torch.float32
+    assert torch.equal(base, frames_of(run(engine.session(portrait()), audio.numpy())))  # type: ignore[arg-type]
+    for half in (audio.half(), audio.half().numpy()):
+        chunks = run(engine.session(portrait()), half)  # type: ignore[arg-type]
+        assert chunks[0].audio.dtype == torch.float32
+
+
+def test_the_largest_samples_do_not_blacken_the_stream(engine: Engine) -> None:
+    session = engine.session(portrait())
+    (loud,) = push(session, 1e6 * speech(CHUNK).clamp(-1, 1))
+    (after,) = push(session, speech(CHUNK))
+    assert loud.frames.float().std() > 1 and after.frames.float().std() > 1
 
 
 def test_the_callers_buffer_may_be_reused(engine: Engine) -> None:
@@ -132,12 +163,19 @@ def test_the_callers_buffer_may_be_reused(engine: Engine) -> None:
 # --- bad input -------------------------------------------------------------------------------------
 
 BAD_AUDIO: dict[str, tuple[object, str]] = {
-    "NaN": (torch.tensor([0.0, float("nan")]), "NaN"),
-    "infinity": (np.array([np.inf], dtype=np.float32), "infinite"),
-    "too large for float32": (torch.tensor([1e300], dtype=torch.float64), "infinite"),
+    "NaN": (torch.tensor([0.0, float("nan")]), "sample 1 of 2 is nan"),
+    "infinity": (np.array([np.inf], dtype=np.float32), "is inf"),
+    "too large for float32": (np.array([0, -1e300]), "sample 1 of 2 is -inf"),
+    "too large for the loudness": (1e19 * speech(100), r"e\+\d\d; .* at most 1e\+06"),
     "stereo": (torch.zeros(2, 100), r"\[2, 100\]"),
     "a scalar": (torch.tensor(0.5), r"\[\]"),
     "int16": (np.zeros(100, dtype=np.int16), "int16"),
+    "complex": (np.zeros(100, dtype=np.complex64), "complex64"),
+    "objects": (np.array([0.5, None]), "object"),
+    "None": (None, "NoneType"),
+    "a string": ("speech.wav", "type str"),
+    "bytes": (b"1234", "type bytes"),
+    "a list": ([0.5], "type list"),
 }
 
 

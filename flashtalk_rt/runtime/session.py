@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..modules.audio import AudioRing
+from ..modules.samples import mono_block
 from .label import draw_label, label_mask
 from .timing import StageClock
 
@@ -51,7 +52,8 @@ class Session:
     Iterating yields every chunk that the pushed audio allows and then stops; it can be resumed after
     more audio.  After `end_audio` the rest comes too, padded with silence and cut to the audio's
     length, to one frame.  The same seed and audio give the same frames, however the audio was cut.
-    `interrupt` may be called from another thread.
+    Every method may be called from any thread.  Chunks are made one at a time: of two threads that iterate,
+    one waits, and each chunk goes to one of them.
     """
 
     def __init__(self, engine: Engine, constants: Constants, seed: int) -> None:
@@ -68,21 +70,20 @@ class Session:
         self._index = 0
         self._ended = False
         self._lock = threading.Lock()  # of the queue and of what `interrupt` reads
+        self._turn = threading.Lock()  # held while a chunk is made
         self._running = False
         self._interrupted = threading.Event()
         self._label = label_mask(engine.model.label, engine.height, engine.width)
 
     def push_audio(self, samples: Samples) -> None:
-        """Queue speech: mono float [n], 16 kHz, any length, nominally in [-1, 1].  Raises InputError
-        for another shape or dtype, for NaN or infinity, after `end_audio` or after `close`."""
+        """Queue speech: mono float [n], numpy or torch, 16 kHz, any length, nominally in [-1, 1].
+
+        It is copied.  Raises InputError for anything else, for a sample that is NaN, infinite or over
+        `MAX_AMPLITUDE`, after `end_audio` and after `close`.
+        """
         if self._ended or self._constants is None:
             raise InputError("this session takes no more audio: it was ended or closed; start another")
-        block = torch.as_tensor(samples)
-        if block.ndim != 1 or not block.is_floating_point():
-            raise InputError(f"audio is {block.dtype} {list(block.shape)}; give mono float samples [n]")
-        block = block.detach().to("cpu", torch.float32, copy=True)
-        if not bool(torch.isfinite(block).all()):
-            raise InputError("audio holds NaN or infinite samples; clean it first")
+        block = mono_block(samples)
         with self._lock:
             self._pending.append(block)
             self._pending_samples += block.numel()
@@ -113,6 +114,10 @@ class Session:
             yield chunk
 
     def _next(self) -> Chunk | None:
+        with self._turn:
+            return self._take_turn()
+
+    def _take_turn(self) -> Chunk | None:
         with self._lock:
             constants = self._constants
             heard, self._ahead = self._ahead, None
