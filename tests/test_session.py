@@ -218,6 +218,10 @@ def test_close(engine: Engine) -> None:
         ({"width": -16}, "width is -16"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": -2}, "steps is -2"),
+        ({"steps": 1.5}, "steps is 1.5; it must be a whole number"),
+        ({"steps": "4"}, "steps is '4'"),
+        ({"height": 64.0}, "height is 64.0"),
+        ({"width": "64"}, "width is '64'"),
         ({"precision": "fp4"}, "'fp4'"),
         ({"precision": "FP32"}, "'FP32'"),
     ],
@@ -226,6 +230,20 @@ def test_close(engine: Engine) -> None:
 def test_a_setting_that_cannot_be_served_is_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(InputError, match=named):
         Engine(tiny.model(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, None, 1.5, "7"])
+def test_a_seed_that_cannot_be_is_named(engine: Engine, seed: object) -> None:
+    with pytest.raises(InputError, match=rf"seed is {seed!r}; it must be"):
+        engine.session(portrait(), seed=seed)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_numpy_and_the_largest_seed() -> None:
+    two, side = np.int64(2), np.int32(16)
+    engine = Engine(tiny.model(), two, "fp32", side, side)  # type: ignore[arg-type]
+    chunks = [run(engine.session(portrait(), seed=s), speech(FRAME)) for s in (np.uint8(3), 3)]  # type: ignore[arg-type]
+    assert torch.equal(frames_of(chunks[0]), frames_of(chunks[1]))
+    engine.session(portrait(), seed=2**63 - 1)
 
 
 def test_a_picture_of_another_world_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable
 from typing import get_args
@@ -45,6 +46,17 @@ def vae_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
+MAX_SEED = 2**63 - 1
+
+
+def whole_number(value: object, name: str) -> int:
+    """`value` as an int; InputError for what is none (1.0 is a float)."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"{name} is {value!r}; it must be a whole number") from None
+
+
 def default_precision(model: Model) -> Precision:
     """fp8 for weights stored so; else bf16 where the device computes it natively, else fp32 (bf16 on an
     older CPU is emulated)."""
@@ -75,9 +87,9 @@ class Engine:
         stream = model.stream
         self.model = model
         self.device = model.device
-        self.height = stream.height if height is None else height
-        self.width = stream.width if width is None else width
-        self.steps = stream.steps if steps is None else steps
+        self.height = stream.height if height is None else whole_number(height, "height")
+        self.width = stream.width if width is None else whole_number(width, "width")
+        self.steps = stream.steps if steps is None else whole_number(steps, "steps")
         self.precision: Precision = default_precision(model) if precision is None else precision
         for name, side in (("height", self.height), ("width", self.width)):
             if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
@@ -106,9 +118,12 @@ class Engine:
 
     def session(self, image: Picture, prompt: str = "", seed: int = 0) -> Session:
         """Start a stream.  image: a path, a Pillow image or a uint8 array [H, W, 3], scaled to cover
-        the engine's size and cropped.  Raises InputError for a picture this model cannot use, and after
-        `close`."""
+        the engine's size and cropped.  seed: 0 to 2**63 - 1.  Raises InputError for a picture this model
+        cannot use, another seed, and after `close`."""
         self._check_open()
+        seed = whole_number(seed, "seed")
+        if not 0 <= seed <= MAX_SEED:
+            raise InputError(f"seed is {seed}; it must be from 0 to {MAX_SEED}")
         pixels = load_image(image, self.height, self.width).to(self.device)
         with torch.inference_mode():
             stream = self.model.stream
