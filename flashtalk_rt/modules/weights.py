@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import DiTConfig, StreamConfig, VAEConfig
 from ..errors import CheckpointError
+from .device import usable_device
 from .dit import DiT
 from .model import Model
 from .toy_encoders import MelAudioEncoder, NullTextEncoder, PatchImageEncoder
@@ -190,14 +191,15 @@ def load(
 
     source  "embedded" (the toy model inside the package), a folder written by `flashtalk convert`, or a
             folder in the published layout. A folder of yours called embedded is "./embedded".
-    device  None: CUDA where there is one, else the CPU.
+    device  "cpu", "cuda" or "cuda:N"; None: CUDA where there is one, else the CPU.
     dtype   of the DiT. None: bfloat16 on CUDA, float32 elsewhere. The VAE is in float32 until an engine
             converts it. The text encoder stays in bfloat16, as published; the other two encoders are small
             and run in float32.
 
-    Anything missing, damaged or of the wrong shape raises CheckpointError before a weight is read.
+    Anything missing, damaged or of the wrong shape raises CheckpointError before a weight is read, and a
+    device that is not there InputError.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return load_checkpoint(read_checkpoint(source), device, dtype)
 
