@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import CheckpointError
 
 SIZE_MULTIPLE = 16  # pixels: the VAE's stride of 8 times the patch of 2
+MAX_STEPS = 1000  # the timesteps of the schedule
 
 Sampler = Literal["renoise", "euler"]
 Precision = Literal["fp32", "bf16", "fp8"]  # fp8: the DiT's large products
@@ -112,15 +112,94 @@ class StreamConfig:
 T = TypeVar("T")
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build the frozen dataclass `cls` from JSON `values`; an unknown key raises CheckpointError."""
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - names)
-    if unknown:
-        raise CheckpointError(
-            f"{where}: unknown settings {unknown} for {cls.__name__}; it was written by another version"
-        )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+# The least value of a number that need not be positive; all are under _LARGEST.
+_LARGEST = 1e9
+_LEAST = {
+    "color_strength": 0.0,
+    "audio_guidance": 0.0,
+    "guided_below": 0.0,
+    "min_portrait_psnr_db": 0.0,
+    "latent_mean": -_LARGEST,
+    "loudness_lufs": -_LARGEST,
+}
+
+
+def from_mapping(cls: type[T], values: Any, where: str) -> T:
+    """Build the frozen dataclass `cls` from the JSON object `values`, which must hold every field.
+
+    CheckpointError names what is missing, unknown, of another type or out of range.
+    """
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} is {values!r}; it must be an object of settings")
+    kinds = get_type_hints(cls)
+    for problem, keys in (("lacks", kinds.keys() - values), ("has unknown", values.keys() - kinds)):
+        if keys:
+            raise CheckpointError(
+                f"{where} {problem} settings {', '.join(sorted(keys))}; "
+                "it is damaged or was written by another version"
+            )
+    for key, value in values.items():
+        wanted = _wanted(key, kinds[key], value)
+        if wanted:
+            raise CheckpointError(f"{where}: {key} is {value!r}; it must be {wanted}")
+    config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    conflict = _conflict(config)
+    if conflict:
+        raise CheckpointError(f"{where}: {conflict}")
+    return config
+
+
+def _wanted(key: str, kind: Any, value: object) -> str:
+    """What `value` should be, a `kind`; empty where it is."""
+    if get_origin(kind) is Literal:
+        return "" if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+        good = isinstance(value, list) and not any(_wanted(key, kind, item) for item in value)
+        return "" if good else f"a list, each {_wanted(key, kind, None)}"
+    if kind not in (int, float):
+        plain = get_origin(kind) or kind
+        names = {str: "text", bool: "true or false", dict: "an object"}
+        return "" if isinstance(value, plain) else names[plain]
+    least = _LEAST.get(key)
+    wanted = f"a positive {kind.__name__}" if least is None else f"a {kind.__name__} from {least:g} on"
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not value < _LARGEST:
+        return wanted
+    return "" if value > 0 or (least is not None and value >= least) else wanted
+
+
+def _conflict(config: object) -> str:
+    """The first setting that does not go with the others; empty where all do."""
+    rules: list[tuple[bool, str, str]] = []
+    match config:
+        case DiTConfig() as c:
+            rules = [
+                (c.dim % (2 * c.num_heads) == 0, "num_heads", f"divide dim {c.dim} into even widths"),
+                (c.audio_window % 2 == 1, "audio_window", "be odd"),
+            ]
+        case VAEConfig() as c:
+            rules = [
+                (len(c.dim_mult) == 4, "dim_mult", "have 4 values"),
+                (len(c.latent_mean) == c.z_dim, "latent_mean", f"have z_dim {c.z_dim} values"),
+                (len(c.latent_std) == c.z_dim, "latent_std", f"have z_dim {c.z_dim} values"),
+            ]
+        case StreamConfig() as c:
+            ring = round(c.ring_s * c.sample_rate_hz)
+            rules = [
+                (c.height % SIZE_MULTIPLE == 0, "height", f"be a multiple of {SIZE_MULTIPLE}"),
+                (c.width % SIZE_MULTIPLE == 0, "width", f"be a multiple of {SIZE_MULTIPLE}"),
+                (c.sample_rate_hz % c.fps == 0, "sample_rate_hz", f"be a multiple of fps {c.fps}"),
+                (c.frames % 4 == 1, "frames", "be 1 + 4 n"),
+                (c.motion_frames % 4 == 1, "motion_frames", "be 1 + 4 n"),
+                (c.motion_frames < c.frames, "motion_frames", f"be less than frames {c.frames}"),
+                (ring * c.fps % c.sample_rate_hz == 0, "ring_s", f"last whole frames at {c.fps} fps"),
+                (c.ring_s * c.fps >= c.frames, "ring_s", f"last as long as {c.frames} frames"),
+                (c.steps <= MAX_STEPS, "steps", f"be at most {MAX_STEPS}"),
+            ]
+    for good, key, wanted in rules:
+        if not good:
+            return f"{key} is {getattr(config, key)!r}; it must {wanted}"
+    return ""
 
 
 def nvtx_enabled() -> bool:

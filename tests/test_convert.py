@@ -135,9 +135,12 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("change", "message"),
     [
         (lambda v: v.update(format=2), "format 2, but this version reads 1"),
-        (lambda v: v.pop("vae"), "damaged or incomplete"),
-        (lambda v: v["dit"].update(depth=3), "unknown settings ['depth'] for DiTConfig"),
-        (lambda v: v["encoders"].pop("text_encoder"), "damaged or incomplete"),
+        (lambda v: v.pop("vae"), "lacks settings vae"),
+        (lambda v: v["dit"].update(depth=3), "dit has unknown settings depth"),
+        (lambda v: v["dit"].pop("num_heads"), "dit lacks settings num_heads"),
+        (lambda v: v["encoders"].pop("text_encoder"), "encoders lacks settings text_encoder"),
+        (lambda v: v["encoders"]["text_encoder"].pop("heads"), "text_encoder cannot be made of"),
+        (lambda v: v["encoders"]["image_encoder"].update(dim="a"), "image_encoder cannot be made of"),
         (lambda v: v["encoders"]["text_encoder"].update(kind="bert"), "unknown kind 'bert'"),
         (lambda v: v["dit"].update(num_layers=3), "missing: blocks.2."),
     ],
@@ -147,6 +150,55 @@ def test_a_broken_flashtalk_json(
 ) -> None:
     edit(converted, change)
     assert message in problem(converted)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy") / "model"
+    save_converted(tiny.model(), folder, torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("", "min_portrait_psnr_db", "24", "a float from 0 on"),
+        ("", "label", None, "text"),
+        ("", "fp8", 0, "true or false"),
+        ("", "stream", [], "an object"),
+        ("dit", "num_heads", 0, "a positive int"),
+        ("dit", "num_heads", 7, "divide dim 48"),
+        ("dit", "dim", "a", "a positive int"),
+        ("dit", "dim", True, "a positive int"),
+        ("dit", "dim", 10**400, "a positive int"),
+        ("dit", "eps", float("nan"), "a positive float"),
+        ("dit", "audio_window", 4, "be odd"),
+        ("vae", "latent_mean", [0.0, "x"], "a list, each a float"),
+        ("vae", "latent_std", [1.0], "have z_dim 16 values"),
+        ("vae", "dim_mult", 4, "a list, each a positive int"),
+        ("stream", "fps", 0, "a positive int"),
+        ("stream", "fps", 24, "16000; it must be a multiple of fps 24"),
+        ("stream", "sampler", "heun", "one of renoise, euler"),
+        ("stream", "height", 100, "be a multiple of 16"),
+        ("stream", "motion_frames", 33, "be less than frames 33"),
+        ("stream", "ring_s", 1.0, "last as long as 33 frames"),
+        ("stream", "steps", 1001, "be at most 1000"),
+        ("encoders", "image_encoder", 3, "an object"),
+        ("encoders", "image_encoder", {"kind": "toy", "grid": "a", "patch": 3}, "'grid': 16"),
+        ("encoders", "text_encoder", {"kind": "toy", "dim": 8, "depth": 2}, "want {'dim': 8}"),
+    ],
+)
+def test_a_setting_that_cannot_be(
+    toy: Path, tmp_path: Path, part: str, key: str, value: object, wanted: str
+) -> None:
+    values = json.loads((toy / "flashtalk.json").read_text())
+    (values[part] if part else values)[key] = value
+    (tmp_path / "flashtalk.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError) as caught:
+        weights.read_checkpoint(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "flashtalk.json")) and key in message
+    assert wanted in message and len(message.splitlines()) == 1
 
 
 def test_a_damaged_flashtalk_json(converted: Path) -> None:
@@ -162,8 +214,14 @@ def test_convert_refuses_to_overwrite(original: Path, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
     with pytest.raises(InputError, match="no such folder"):
         convert(original, tmp_path / "no" / "out")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="not an empty folder"):
+        convert(original, tmp_path / "loop")
+    with pytest.raises(OutputError, match="File name too long"):
+        convert(original, tmp_path / ("x" * 300))
     (tmp_path / "empty").mkdir()
-    convert(original, tmp_path / "empty")
+    (tmp_path / "link").symlink_to("empty")
+    convert(original, tmp_path / "link")
     assert load(tmp_path / "empty", "cpu").dit.config == tiny_published.DIT
 
 
@@ -171,7 +229,7 @@ def test_convert_checks_the_disk_first(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 0, 1000))
-    with pytest.raises(OutputError, match=r"needs 0\.0 GB"):
+    with pytest.raises(OutputError, match=r"needs [\d,]+ bytes, but its disk has 1,000 free"):
         convert(original, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -209,16 +209,16 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dims": 5}, "unknown keys dims"),
+        ({"dims": 5}, "unknown settings dims"),
         ({"qk_norm": False}, "qk_norm is False, but only True"),
         ({"patch_size": [1, 4, 4]}, r"patch_size is \[1, 4, 4\]"),
-        ({"num_layers": "forty"}, "num_layers is 'forty', expected a positive int"),
+        ({"num_layers": "forty"}, "num_layers is 'forty'; it must be a positive int"),
         ({"num_layers": 0}, "num_layers is 0"),
-        ({"dim": 50, "num_heads": 4}, "does not divide"),
+        ({"dim": 50, "num_heads": 4}, "num_heads is 4; it must divide dim 50"),
     ],
 )
 def test_a_config_of_another_model(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"config\.json.* {message}"):
         published.dit_config(values, "config.json")
 
 

@@ -77,6 +77,7 @@ def save_converted(model: Model, out: str | Path, dtype: torch.dtype) -> None:
     ):
         raise ValueError("save_converted writes models with the toy encoders; use `convert` for others")
     checkpoint = Checkpoint(
+        where="the model",
         dit=model.dit.config,
         vae=model.vae.config,
         stream=model.stream,
@@ -101,19 +102,45 @@ def save_converted(model: Model, out: str | Path, dtype: torch.dtype) -> None:
     write_converted(checkpoint, Path(out), {"dit": dtype, "vae": dtype})
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The JSON objects of flashtalk.json."""
+
+    format: int
+    label: str
+    min_portrait_psnr_db: float
+    fp8: bool
+    dit: dict[str, Any]
+    vae: dict[str, Any]
+    stream: dict[str, Any]
+    encoders: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoders:
+    audio_encoder: dict[str, Any]
+    image_encoder: dict[str, Any]
+    text_encoder: dict[str, Any]
+
+
 def read_converted(folder: Path) -> Checkpoint:
-    """What a folder in our layout holds. CheckpointError names every missing file at once."""
+    """What a folder in our layout holds. CheckpointError names every missing file at once, or the first
+    setting that cannot be."""
     path = folder / LAYOUT_FILE
     try:
-        layout = json.loads(path.read_text())
-        version = layout["format"]
-        encoders = {name: dict(layout["encoders"][name]) for name in ENCODERS}
-        weighty = [name for name in ENCODERS if encoders[name]["kind"] != "toy"]
-        dit, vae, stream, label = (layout[key] for key in ("dit", "vae", "stream", "label"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged or incomplete ({error!r}); convert it again") from error
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); convert it again") from error
+    version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
         raise CheckpointError(f"{path}: format {version}, but this version reads {FORMAT}; convert it again")
+    layout = from_mapping(_Layout, values, str(path))
+    dit = from_mapping(DiTConfig, layout.dit, f"{path}: dit")
+    vae = from_mapping(VAEConfig, layout.vae, f"{path}: vae")
+    stream = from_mapping(StreamConfig, layout.stream, f"{path}: stream")
+    encoders = vars(from_mapping(_Encoders, layout.encoders, f"{path}: encoders"))
+    _check_toys(encoders, dit, stream, str(path))
+    weighty = [name for name in ENCODERS if encoders[name].get("kind") != "toy"]
 
     files = {name: [folder / f"{name}.safetensors"] for name in ("vae", *weighty)}
     files["dit"] = _dit_shards(folder)
@@ -124,16 +151,41 @@ def read_converted(folder: Path) -> Checkpoint:
     if missing:
         raise CheckpointError(f"{folder}: missing {', '.join(missing)}")
     return Checkpoint(
-        dit=from_mapping(DiTConfig, dit, f"{path}: dit"),
-        vae=from_mapping(VAEConfig, vae, f"{path}: vae"),
-        stream=from_mapping(StreamConfig, stream, f"{path}: stream"),
-        label=label,
-        min_portrait_psnr_db=float(layout["min_portrait_psnr_db"]),
+        where=str(path),
+        dit=dit,
+        vae=vae,
+        stream=stream,
+        label=layout.label,
+        min_portrait_psnr_db=layout.min_portrait_psnr_db,
         encoders=encoders,
         parts={name: Part(SafetensorsFiles(paths)) for name, paths in files.items()},
         tokenizer=tokenizer,
-        fp8=bool(layout.get("fp8", False)),
+        fp8=layout.fp8,
     )
+
+
+def _check_toys(
+    encoders: Mapping[str, Mapping[str, Any]], dit: DiTConfig, stream: StreamConfig, where: str
+) -> None:
+    """The other settings leave a toy encoder no choice but its grid."""
+    grid = encoders["image_encoder"].get("grid")
+    needed: dict[str, dict[str, Any]] = {
+        "audio_encoder": {
+            "sample_rate_hz": stream.sample_rate_hz,
+            "fps": stream.fps,
+            "mels": dit.audio_dim,
+            "subframes": dit.audio_blocks,
+        },
+        "image_encoder": {
+            "grid": grid if grid in range(1, 257) else 16,
+            "patch": math.isqrt(dit.image_dim // 3),
+        },
+        "text_encoder": {"dim": dit.text_dim},
+    }
+    for name, settings in needed.items():
+        found = {key: value for key, value in encoders[name].items() if key != "kind"}
+        if encoders[name].get("kind") == "toy" and found != settings:
+            raise CheckpointError(f"{where}: {name} is {found}; the dit and stream settings want {settings}")
 
 
 def _dit_shards(folder: Path) -> list[Path]:
@@ -154,7 +206,8 @@ def write_converted(
     """Write `checkpoint` as the new folder `out`, part `name` in dtypes[name], the DiT's large projections
     in float8 if `fp8` says so. Errors as `convert`; InputError too if they are float8 already and should
     not be."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    target = Path(os.path.realpath(out))  # of a link, so that `rename` can take its place
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder; name a new one")
     if checkpoint.fp8 and not fp8:
         raise InputError(
@@ -167,13 +220,14 @@ def write_converted(
     }
     plans = {name: _shards(name, part) for name, part in written.items()}
     needed_bytes = sum(size for shards in plans.values() for _, size in shards)
-    parent = out.resolve().parent
-    if not parent.is_dir():
+    parent = target.parent
+    if not os.path.isdir(parent):
         raise InputError(f"{parent}: no such folder to write {out.name} in")
     free_bytes = shutil.disk_usage(parent).free
     if needed_bytes > free_bytes:
         raise OutputError(
-            f"{out}: needs {needed_bytes / 1e9:.1f} GB, but its disk has {free_bytes / 1e9:.1f} GB free"
+            f"{out}: needs {needed_bytes:,} bytes, but its disk has {free_bytes:,} free; make room, "
+            "or name a folder on another disk"
         )
 
     partial = parent / f".{out.name}.partial-{os.getpid()}"
@@ -187,7 +241,7 @@ def write_converted(
         if checkpoint.tokenizer is not None:
             shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
         (partial / LAYOUT_FILE).write_text(json.dumps(_layout(checkpoint, fp8), indent=1) + "\n")
-        partial.rename(out)
+        partial.rename(target)
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"{out}: could not be written ({reason}); nothing was kept") from error

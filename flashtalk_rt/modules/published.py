@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import DiTConfig, StreamConfig, VAEConfig
+from ..config import DiTConfig, StreamConfig, VAEConfig, from_mapping
 from ..errors import CheckpointError
 from .encoder_names import clip_part, clip_settings, size, umt5_part, umt5_settings, wav2vec2_part
 from .encoders import WAV2VEC2_SETTINGS, wav2vec2_config
@@ -69,6 +69,7 @@ def read_published(folder: Path) -> Checkpoint:
                 f"{folder}: the {what} ({found}) is not the DiT's {key} ({expected}); the files do not fit"
             )
     return Checkpoint(
+        where=str(folder),
         dit=dit,
         vae=vae,
         stream=StreamConfig(),
@@ -97,17 +98,7 @@ def dit_config(values: Mapping[str, Any], where: str) -> DiTConfig:
         value = values.pop(key, only)
         if value != only:
             raise CheckpointError(f"{where}: {key} is {value}, but only {only} is supported")
-    known = {key: type(value) for key, value in dataclasses.asdict(DiTConfig()).items()}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise CheckpointError(f"{where}: unknown keys {', '.join(unknown)}; is it another model's config?")
-    for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, known[key])) or value <= 0:
-            raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive {known[key].__name__}")
-    config = DiTConfig(**values)
-    if config.dim % (2 * config.num_heads):
-        raise CheckpointError(f"{where}: dim {config.dim} does not divide into {config.num_heads} even heads")
-    return config
+    return from_mapping(DiTConfig, {**dataclasses.asdict(DiTConfig()), **values}, where)
 
 
 def _files(folder: Path) -> tuple[list[Path], Path]:

@@ -169,10 +169,12 @@ class Part:
 class Checkpoint:
     """A model before it is loaded.
 
-    `encoders` maps audio_encoder, image_encoder and text_encoder to {"kind": ..., and its settings}; `parts`
-    maps dit, vae and those encoders that have weights to where these are.
+    `where` names its file or folder in messages. `encoders` maps audio_encoder, image_encoder and
+    text_encoder to {"kind": ..., and its settings}; `parts` maps dit, vae and those encoders that have
+    weights to where these are.
     """
 
+    where: str
     dit: DiTConfig
     vae: VAEConfig
     stream: StreamConfig
@@ -207,19 +209,22 @@ def load(
 def read_checkpoint(source: str | Path) -> Checkpoint:
     """What `load` would load, from the headers of its files alone; errors as `load`, shapes aside."""
     folder = EMBEDDED if source == "embedded" else Path(source)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f'{folder}: no such folder; give a published or converted checkpoint folder, or "embedded"'
-        )
     # Both imports wait: `convert` builds on this module, and `published` brings transformers, which takes
     # seconds that the embedded model should not cost.
     from .convert import LAYOUT_FILE, read_converted
 
-    if (folder / LAYOUT_FILE).is_file():
-        return read_converted(folder)
-    from .published import read_published
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f'{folder}: no such folder; give a published or converted checkpoint folder, or "embedded"'
+            )
+        if (folder / LAYOUT_FILE).is_file():
+            return read_converted(folder)
+        from .published import read_published
 
-    return read_published(folder)
+        return read_published(folder)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
 
 
 def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
@@ -244,8 +249,18 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 
 def build(checkpoint: Checkpoint, name: str) -> Any:
     """One network of `checkpoint` by its name: a module with its parameters on the meta device, or a toy
-    encoder, which has none.
+    encoder, which has none. CheckpointError for settings that make none.
     """
+    try:
+        return _build(checkpoint, name)
+    except CheckpointError:
+        raise
+    except Exception as error:  # every encoder's library checks its settings in its own way
+        settings = checkpoint.encoders.get(name, f"the {name} settings")
+        raise CheckpointError(f"{checkpoint.where}: {name} cannot be made of {settings}: {error}") from error
+
+
+def _build(checkpoint: Checkpoint, name: str) -> Any:
     with torch.device("meta"):
         if name == "dit":
             dit = DiT(checkpoint.dit)
@@ -270,7 +285,9 @@ def build(checkpoint: Checkpoint, name: str) -> Any:
         if kind == "umt5" and checkpoint.tokenizer is not None:
             tokenize = encoders.folder_tokenizer(checkpoint.tokenizer)
             return encoders.Umt5TextEncoder(encoders.umt5_config(settings), tokenize, checkpoint.dit.text_len)
-    raise CheckpointError(f"{name}: unknown kind {kind!r}; the folder was written by another version")
+    raise CheckpointError(
+        f"{checkpoint.where}: {name} is of unknown kind {kind!r}; another version wrote it, convert it again"
+    )
 
 
 def check(module: nn.Module, part: Part) -> dict[str, list[tuple[str, Take]]]:
