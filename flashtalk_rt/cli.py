@@ -8,24 +8,35 @@ Everything cheap is checked before torch is imported, and everything given befor
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from . import __version__
-from .config import SIZE_MULTIPLE, Precision
 from .errors import FlashTalkError, InputError
+from .files import check_input
+from .options import (
+    PRECISION_HELP,
+    check_device,
+    check_device_name,
+    check_settings,
+    dtype_of,
+    parse_precision,
+)
 
 if TYPE_CHECKING:
-    import torch
+    from rich.console import RenderableType
     from rich.progress import Progress
 
     from .config import StreamConfig
@@ -41,7 +52,6 @@ DELEGATED: Any = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
-PRECISION_HELP = f"{' or '.join(get_args(Precision))}."
 # Every usage error of typer; its other names moved between typer's releases.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -109,18 +119,57 @@ def main(argv: Sequence[str] | None = None) -> int:
                 None if argv is None else list(argv), prog_name="flashtalk", obj=stop, standalone_mode=False
             )
             return code if isinstance(code, int) else 0
-    except (FlashTalkError, UsageError) as error:
-        text = error.format_message() if hasattr(error, "format_message") else str(error)
-        say(f"error: {' '.join(text.split())}", to_stderr=True)
+    except Exception as error:
+        text = complaint(error)
+        if text is None:
+            raise
+        if text:
+            say(f"error: {' '.join(text.split())}", to_stderr=True)
         return 2
     except Stopped as stopped:
         say(f"interrupted{': ' if stop.kept else ''}{stop.kept}", to_stderr=True)
         return 128 + stopped.number
 
 
+def complaint(error: Exception) -> str | None:
+    """What to tell the user of `error`, "" where the help was shown instead; None for a bug of ours."""
+    if isinstance(error, UsageError):
+        return str(error.format_message())  # type: ignore[attr-defined]
+    if isinstance(error, FlashTalkError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path, its permissions and its disk"
+    # torch's are RuntimeErrors, with texts of several lines.
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        return (
+            f"out of memory{f', asking for {asked[1]} more' if asked else ''}; "
+            "take a smaller --size, or a device that has more"
+        )
+    return None
+
+
 def say(text: str, to_stderr: bool = False) -> None:
-    """One line, as it is: no wrapping, no markup (paths hold brackets)."""
-    typer.echo(text, err=to_stderr)
+    """One line, as it is: no wrapping, no markup (paths hold brackets).
+
+    Where nobody reads it any more, or its disk is full, it is dropped: that is no reason to stop the work.
+    """
+    try:
+        typer.echo(text.encode(errors="backslashreplace").decode(), err=to_stderr)
+    except OSError:
+        # What the stream still holds goes there too, else Python fails at its end.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, (sys.stderr if to_stderr else sys.stdout).fileno())
+        os.close(null)
+
+
+def show(what: RenderableType) -> None:
+    """A table, with the colours that stdout shows."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, force_terminal=Console().is_terminal or None).print(what)
+    say(text.getvalue().rstrip("\n"))
 
 
 @app.callback(invoke_without_command=True)
@@ -164,7 +213,8 @@ def generate(
 
     check_output(out)
     for name, given in (("image", image), ("audio", audio)):
-        if out.exists() and given.exists() and out.samefile(given):
+        check_input(given, name)
+        if out.exists() and out.samefile(given):
             raise InputError(f"--out {out} is the --{name} file itself; name another file")
     portrait = open_image(image)
     reader = AudioReader(audio)
@@ -254,79 +304,14 @@ def progress_bar(samples: int, stream: StreamConfig) -> Progress:
     return bar
 
 
-def check_settings(
-    size: str | None, steps: int | None, precision: str | None
-) -> tuple[int | None, int | None, Precision | None]:
-    """Height, width and precision as given; InputError for what cannot be."""
-    if steps is not None and steps < 1:
-        raise InputError(f"--steps is {steps}; it must be 1 or more")
-    height, width = parse_size(size) if size is not None else (None, None)
-    return height, width, None if precision is None else parse_precision(precision)
-
-
-def check_folders(**outputs: Path | None) -> None:
-    """InputError for an output, by its option's name, in a folder that does not exist."""
-    for name, path in outputs.items():
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"--{name} {path}: its folder does not exist")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "768x448" -> (height, width); InputError otherwise."""
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
-    if match is None:
-        raise InputError(f"--size is {text!r}; give HEIGHTxWIDTH, such as 768x448")
-    height, width = int(match[1]), int(match[2])
-    for name, side in (("height", height), ("width", width)):
-        if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
-            near = max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-            raise InputError(
-                f"--size {text}: {name} {side} is not divisible by {SIZE_MULTIPLE}; the nearest is {near}"
-            )
-    return height, width
-
-
-def parse_precision(text: str) -> Precision:
-    if text not in get_args(Precision):
-        raise InputError(f"--precision is {text!r}; use one of {', '.join(get_args(Precision))}")
-    return cast(Precision, text)
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    from .runtime.engine import DTYPES
-
-    return DTYPES[precision]
-
-
-def check_device_name(device: str | None) -> None:
-    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"--device is {device!r}; use cpu, cuda or cuda:N")
-
-
-def check_device(device: str | None) -> None:
-    """InputError when `device` names a GPU that torch does not see."""
-    import torch
-
-    if device is None or device == "cpu":
-        return
-    count = torch.cuda.device_count()
-    if int(device.partition(":")[2] or 0) >= count:
-        raise InputError(
-            f"--device is {device}, but torch {torch.__version__} sees {count} CUDA devices; "
-            "use cpu, or see `flashtalk doctor`"
-        )
-
-
 @app.command()
 def convert(
-    folder: Annotated[Path, typer.Argument(help="A model folder, published or converted.")],
+    folder: Annotated[str, typer.Argument(help='A model folder, published or converted, or "embedded".')],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     precision: Annotated[str, typer.Option(help=f"Of the DiT: {PRECISION_HELP}")] = "bf16",
 ) -> None:
     """Rewrite a checkpoint folder as safetensors that load fast and hold everything needed."""
     chosen = parse_precision(precision)
-    if not folder.is_dir():
-        raise InputError(f"checkpoint {folder} is not a folder that exists; check the path")
     from .modules.convert import convert as rewrite
 
     rewrite(folder, out, dtype_of(chosen), fp8=chosen == "fp8")
@@ -336,12 +321,10 @@ def convert(
 @app.command()
 def doctor() -> None:
     """What this machine has, which backend serves each operator, and why the others were refused."""
-    from rich.console import Console
-
     from .doctor import report
     from .ops import REGISTRY
 
-    Console().print(report(REGISTRY))
+    show(report(REGISTRY))
 
 
 @app.command(**DELEGATED)

@@ -7,6 +7,8 @@ cannot avoid touching, so the rates are what the work asked for over the time it
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +17,17 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from .bench.models import PROMPT_TOKENS, published_model
-from .cli import PRECISION_HELP, check_device, check_device_name, check_folders, check_settings, dtype_of
+from .cli import show
 from .errors import OutputError
+from .files import check_output
 from .modules.weights import load
+from .options import PRECISION_HELP, check_device, check_device_name, check_settings, dtype_of
 from .profiles import work
 from .runtime import Engine
 from .runtime.timing import StageClock
@@ -50,13 +54,13 @@ def command(
     """Trace one chunk, and show its time by stage and by kernel."""
     height, width, chosen = check_settings(size, steps, precision)
     check_device_name(device)
-    check_folders(out=out)
+    check_output(out, "--out")
     check_device(device)
     if checkpoint == "random":
         model = published_model(device, height, width)
     else:
         model = load(checkpoint, device, None if chosen is None else dtype_of(chosen))
-    Console().print(table(profile_chunk(Engine(model, steps, chosen, height, width), out)))
+    show(table(profile_chunk(Engine(model, steps, chosen, height, width), out)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +138,12 @@ def profile_chunk(engine: Engine, trace: Path) -> Profile:
         clock = TracedClock(device)
         chunk(clock)
         timings_ms = clock.timings_ms()  # waits for the last stage
+    # torch's exporter renames a file of its own over what is there, and only logs that it could not write.
     try:
-        trace.touch()  # the profiler itself only logs that it could not write
-        profiler.export_chrome_trace(str(trace))
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder, f"trace.json{'.gz' if trace.suffix == '.gz' else ''}")
+            profiler.export_chrome_trace(str(made))
+            shutil.copyfile(made, trace)
     except (OSError, RuntimeError) as error:
         raise OutputError(f"trace {trace} cannot be written: {error}") from error
     title = f"{engine.height} x {engine.width}, {engine.steps} steps, {engine.precision}, on {device}"

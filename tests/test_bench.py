@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -311,7 +312,34 @@ def test_a_profile_adds_up(tmp_path: Path) -> None:
     assert dit.flop == 2 * sum(item.flop for item in profiler.work.dit_step(tiny.DIT, STREAM))
 
 
-def test_a_trace_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_trace_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny.model(), steps=1, precision="fp32", height=16, width=16)
     with pytest.raises(OutputError, match="cannot be written"):
         profiler.profile_chunk(engine, tmp_path / "no" / "trace.json")
+    # As when the exporter could not write, which it only logs.
+    monkeypatch.setattr(profiler.torch_profile, "export_chrome_trace", lambda *_: None)
+    with pytest.raises(OutputError, match="cannot be written"):
+        profiler.profile_chunk(engine, tmp_path / "trace.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trace_replaces_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "trace.json.tmp").write_text("of somebody else")
+    (tmp_path / "link.json").symlink_to("trace.json")
+    engine = Engine(tiny.model(), steps=1, precision="fp32", height=16, width=16)
+    profiler.profile_chunk(engine, tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "trace.json").read_text())
+    assert (tmp_path / "trace.json.tmp").read_text() == "of somebody else"
+
+
+@pytest.mark.parametrize("command", ["bench", "profile"])
+@pytest.mark.parametrize(("name", "text"), [("folder", "is a folder"), ("pipe", "a device or a pipe")])
+def test_what_is_no_file_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, name: str, text: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    assert main([command, "--out", str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert text in err and f"--out {tmp_path / name}" in err
+    assert (tmp_path / "folder").is_dir() and (tmp_path / "pipe").is_fifo()

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from command import arguments, one_error, pictures, run, start, write_inputs
+from command import ROOT, arguments, one_error, pictures, run, start, write_inputs
 from media_files import RATE, encode, tone, write_wav
 from PIL import Image
 
@@ -83,6 +85,19 @@ def test_the_embedded_model_says_that_it_is_a_toy(
     plain, prompted = [line for line in capfd.readouterr().out.splitlines() if line.startswith("embedded")]
     assert "toy" in plain and "ignored" not in plain
     assert "toy" in prompted and "--prompt is ignored" in prompted
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_nobody_reading_stops_nothing(shared: Path, tmp_path: Path, closed: bool) -> None:
+    """`| true`, and stdout on a full disk."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "flashtalk_rt", *arguments(shared, tmp_path / "a.mp4")]
+    with open(writer, "wb") as pipe, open("/dev/full", "wb") as full:
+        stdout = pipe if closed else full
+        done = subprocess.run(command, check=False, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(pictures(tmp_path / "a.mp4")) == 75
 
 
 # What a full disk and stopping it leave
@@ -165,6 +180,14 @@ def test_convert_rewrites_a_folder(shared: Path, tmp_path: Path, capfd: pytest.C
         assert text in one_error(code, capfd.readouterr().err)
 
 
+def test_convert_knows_the_embedded_model(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "EMBEDDED", shared / "model")
+    assert main(["convert", "embedded", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "flashtalk.json").is_file()
+
+
 def test_version_help_and_doctor(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"flashtalk \d+\.\d+\.\d+\n", capfd.readouterr().out)
@@ -180,5 +203,8 @@ def test_version_help_and_doctor(capfd: pytest.CaptureFixture[str]) -> None:
 def test_train_hands_its_arguments_on(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     assert "world-base" in capfd.readouterr().out
+    assert main(["train"]) == 2
+    shown = capfd.readouterr()
+    assert "world-base" in shown.out + shown.err and "error" not in shown.err
     assert main(["train", "nothing"]) == 2
     assert "nothing" in one_error(2, capfd.readouterr().err)

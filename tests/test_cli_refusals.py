@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from flashtalk_rt.cli import main
 from flashtalk_rt.modules import weights
 from flashtalk_rt.modules.model import Model
+from flashtalk_rt.runtime import Engine
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,7 @@ def audio_case(name: str, folder: Path) -> Path:
     return path
 
 
+PATHS = ("image", "audio", "out", "checkpoint")
 CHEAP = [
     ("image", "missing.png", "does not exist"),
     ("image", "text.png", "not a picture"),
@@ -71,12 +74,14 @@ CHEAP = [
     ("audio", "nan.wav", "nan at 2.00 s"),
     ("audio", "broken.mp3", "cannot be decoded after 0."),
     ("audio", "face.png", "no audio stream"),
-    ("size", "100x64", "not divisible by 16; the nearest is 96"),
-    ("size", "64x50", "width 50 is not divisible by 16"),
+    ("size", "100x64", "not a multiple of 16 from 16 to 16384; the nearest is 96"),
+    ("size", "64x50", "width 50 is not a multiple of 16"),
     ("size", "0x64", "height 0"),
+    ("size", "99999x64", "the nearest is 16384"),
     ("size", "big", "HEIGHTxWIDTH"),
     ("steps", "0", "--steps is 0"),
     ("steps", "-3", "--steps is -3"),
+    ("steps", "9" * 20, "from 1 to 1000"),
     ("steps", "four", "--steps"),
     ("seed", "-1", "--seed"),
     ("precision", "fp16", "fp32, bf16, fp8"),
@@ -108,6 +113,80 @@ def test_the_real_command_refuses_in_one_line(
     if option in ("image", "audio", "out"):
         assert str(given) in err
     assert out.read_bytes() == b"an older video"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        *((option, "x" * 300, "File name too long") for option in PATHS),
+        *((option, "locked/a.mp4", "Permission denied") for option in PATHS),
+        ("image", "https://example.org/face.png", "download it first"),
+        ("audio", "https://example.org/speech.wav", "download it first"),
+        ("out", "loop.mp4", "symbolic links"),
+        ("out", "dangling.mp4", "none does not exist"),
+        ("out", "pipe.mp4", "a pipe"),
+        ("size", "10000x10000", "take a smaller size"),
+    ],
+)
+def test_paths_that_cannot_be_looked_at(
+    shared: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: str,
+    text: str,
+) -> None:
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "none" / "a.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    stat = Path.stat
+
+    def as_another_user(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path.parent.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", as_another_user)
+    given = value if ":" in value or option == "size" else tmp_path / value
+    before = sorted(tmp_path.iterdir())
+    code = main(arguments(shared, tmp_path / "a.mp4", **{option: given}))
+    line = one_error(code, capfd.readouterr().err)
+    assert text in line and Path(value).name.replace("10000x10000", "10000 x 10000") in line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_any_other_path_is_named_too(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "run"
+    code = main(["train", "world-vae", "--run", str(folder), "--device", "cpu"])
+    assert f"{folder}: Not a directory" in one_error(code, capfd.readouterr().err)
+
+
+def out_of_memory(device: str) -> None:
+    if device == "cpu":
+        torch.empty(1 << 60, dtype=torch.uint8)
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\nmore to say.")
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", "1152921504606846976 bytes"), ("cuda", "20.00 GiB")])
+def test_too_large_for_the_memory_is_one_line(
+    shared: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    asked: str,
+) -> None:
+    monkeypatch.setattr(Engine, "session", lambda *_: out_of_memory(device))
+    line = one_error(main(arguments(shared, tmp_path / "a.mp4")), capfd.readouterr().err)
+    assert asked in line and "smaller --size" in line
+
+
+def test_a_bug_of_ours_is_no_complaint(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "session", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(arguments(shared, shared / "a.mp4"))
 
 
 def test_a_missing_option_is_one_line(shared: Path) -> None:
@@ -179,6 +258,10 @@ def checkpoint_case(kind: str, shared: Path, folder: Path) -> Path:
         save_file(tensors, dit)
     elif kind == "truncated":
         dit.write_bytes(dit.read_bytes()[:-1000])
+    elif kind == "setting":
+        layout = json.loads((target / "flashtalk.json").read_text())
+        layout["dit"]["num_heads"] = 7
+        (target / "flashtalk.json").write_text(json.dumps(layout))
     elif kind == "json":
         (target / "flashtalk.json").write_text("{")
     return target
@@ -221,6 +304,7 @@ def published_with_pickle(folder: Path) -> Path:
         ("shape", ["head.head.bias", "[3]", "[64]"]),
         ("truncated", ["dit-00001-of-00001.safetensors", "truncated"]),
         ("json", ["flashtalk.json"]),
+        ("setting", ["flashtalk.json: dit: num_heads is 7"]),
         ("pickle", ["Wan2.1_VAE.pth", "refused"]),
     ],
 )

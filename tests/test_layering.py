@@ -25,10 +25,11 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"modules", "ops", "parallel"},
     "media": {"modules"},
 }
-OPEN = {"config", "errors", "profiles.nvtx", "profiles.record"}  # to every layer
+OPEN = {"config", "errors", "files", "profiles.nvtx", "profiles.record"}  # to every layer
 LEAVES = {
     "errors": set(),
     "config": {"errors"},
+    "files": {"errors"},
     "profiles.nvtx": {"config"},
     "profiles.record": {"errors"},
 }  # what the open ones may import
@@ -39,6 +40,7 @@ TOP = {
     "cli",
     "demo",
     "doctor",
+    "options",
     "profile",
 }  # may import everything; "" is flashtalk_rt/__init__.py
 

@@ -41,8 +41,8 @@ def test_shift() -> None:
     assert shift_time(0.2, 5) == pytest.approx(1 / 1.8)
 
 
-@pytest.mark.parametrize("steps", [0, -1, -40])
-def test_too_few_steps_are_named(steps: int) -> None:
+@pytest.mark.parametrize("steps", [0, -1, -40, 1001, 10**20])
+def test_too_few_or_many_steps_are_named(steps: int) -> None:
     with pytest.raises(InputError, match=f"steps is {steps}"):
         timesteps(steps)
 

@@ -119,9 +119,9 @@ def test_a_full_disk_leaves_what_plays(tmp_path: Path) -> None:
     assert abs(sound.size / 48_000 - kept_s) < 0.4
 
 
-def test_a_disk_that_is_full_from_the_start_keeps_nothing() -> None:
-    with pytest.raises(OutputError, match=r"No space left on device; 0\.00 s"):
-        write_video(Path("/dev/full"), tone(3, RATE))
+def test_a_disk_that_is_full_from_the_start_keeps_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File too large; nothing was kept"), file_size_limit(0):
+        write_video(tmp_path / "a.mp4", tone(3, RATE))
 
 
 def test_a_full_disk_can_show_at_the_end_only(tmp_path: Path) -> None:
@@ -168,14 +168,25 @@ def test_bad_output_paths_are_refused(tmp_path: Path) -> None:
     wanted = {
         str(tmp_path): "is a folder",
         str(tmp_path / "none" / "a.mp4"): "does not exist",
-        str(tmp_path / "file" / "a.mp4"): "not a folder",
+        str(tmp_path / "file" / "a.mp4"): "cannot be written: Not a directory",
         str(tmp_path / "a.avi"): "must end in .mp4",
         "/proc/a.mp4": "cannot be written",
+        str(tmp_path / "x" / ".." / f"{'x' * 300}.mp4"): "does not exist",
+        str(tmp_path / f"{'x' * 300}.mp4"): "File name too long",
+        str(tmp_path / "loop.mp4"): "symbolic links",
+        str(tmp_path / "dangling.mp4"): f"the folder {tmp_path / 'none'} does not exist",
+        str(tmp_path / "pipe.mp4"): "a device or a pipe",
     }
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "none" / "a.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
     for path, text in wanted.items():
         with pytest.raises(InputError, match=text):
             check_output(path)
     assert check_output(tmp_path / "a.mp4") == tmp_path / "a.mp4"
+    (tmp_path / "good.mp4").symlink_to(tmp_path / "b.mp4")
+    check_output(tmp_path / "good.mp4")
+    assert not (tmp_path / "b.mp4").exists()
     assert not (tmp_path / "a.mp4").exists()
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from ..cli import PRECISION_HELP, check_folders, check_settings, say
+from ..cli import say, show
+from ..files import check_output
+from ..options import PRECISION_HELP, check_settings
 from ..profiles.budgets import load_budgets
 from ..profiles.record import write_result
 from .baselines import Baselines, Plan
@@ -34,13 +35,15 @@ def bench(
     Needs a CUDA device of 80 GB. Exits with 2 when a figure is over its budget.
     """
     height, width, chosen = check_settings(size, steps, precision)
-    check_folders(out=out, plot=plot)
+    check_output(out, "--out")
+    if plot is not None:
+        check_output(plot, "--plot")
     assert height and width and chosen  # all three have a default
     model = published_model(None, height, width)
     record = measure(model, steps, chosen, height, width, Baselines(Plan(chunks=chunks)), log=say)
     budgets = load_budgets(record["device"])
     write_result(out, record)
-    Console().print(table(record, budgets))
+    show(table(record, budgets))
     if plot is not None:
         draw(record, plot)
     if budgets is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
+from .. import files
 from ..errors import InputError, OutputError
 
 # AAC frames are 1,024 samples: at 48 kHz 21 ms, less than one video frame, which bounds the tail.
@@ -29,23 +29,9 @@ LIMITED_RANGE = 1
 def check_output(path: str | Path) -> Path:
     """The path, when an MP4 can be written there; otherwise InputError.  An existing file stays as it is."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"output {path} is a folder; give a file name ending in .mp4")
-    if path.suffix.lower() not in (".mp4", ".m4v") and (path.is_file() or not path.exists()):
+    files.check_output(path, "output")
+    if path.suffix.lower() not in (".mp4", ".m4v"):
         raise InputError(f"output {path} must end in .mp4: the video is written as MP4")
-    if not path.parent.exists():
-        raise InputError(f"output {path}: the folder {path.parent} does not exist; create it first")
-    if not path.parent.is_dir():
-        raise InputError(f"output {path}: {path.parent} is not a folder")
-    try:
-        if path.exists():
-            with open(path, "r+b"):
-                pass
-        else:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-    except OSError as error:
-        raise InputError(f"output {path} cannot be written: {error.strerror}") from error
     return path
 
 
@@ -168,10 +154,9 @@ class VideoWriter:
             self._sink.close()
         _cut_to_last_fragment(self.path)
         self.frames = round(playable_s(self.path) * self.fps)
-        return OutputError(
-            f"output {self.path} cannot be written: {error.strerror or error}; "
-            f"{self.frames / self.fps:.2f} s of video are kept there"
-        )
+        kept_s = self.frames / self.fps
+        kept = f"{kept_s:.2f} s of video are kept there" if kept_s else "nothing was kept"
+        return OutputError(f"output {self.path} cannot be written: {error.strerror or error}; {kept}")
 
 
 class _Sink:
@@ -215,7 +200,7 @@ def _cut_to_last_fragment(path: Path) -> None:
                     whole = start
             file.truncate(whole)
     except OSError:
-        pass  # not a regular file (/dev/full): nothing was kept, and `playable_s` says so
+        pass  # then whatever there is stays: `playable_s` says how much of it plays
 
 
 def playable_s(path: str | Path) -> float:

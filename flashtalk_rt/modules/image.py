@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .. import files
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -36,10 +37,7 @@ def open_image(path: str | Path) -> Image.Image:
     `MAX_PIXELS`, or a side under `MIN_SIDE_PX`.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"image {path} does not exist; check the path")
-    if not path.is_file():
-        raise InputError(f"image {path} is not a file; give one picture")
+    files.check_input(path, "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -96,6 +94,11 @@ def load_image(image: Picture, height: int, width: int) -> Tensor:
         rgb = to_rgb(image)
     else:
         raise InputError(f"image is a {type(image).__name__}; give a path, a Pillow image or a uint8 array")
+    if height * width > MAX_PIXELS:
+        raise InputError(
+            f"a {height} x {width} (height x width) video has more than {MAX_PIXELS:,} pixels a frame; "
+            "take a smaller size"
+        )
     scale = max(height / rgb.height, width / rgb.width)
     scaled_height, scaled_width = math.ceil(scale * rgb.height), math.ceil(scale * rgb.width)
     if scaled_height * scaled_width > MAX_PIXELS:

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from ..config import Sampler
+from ..config import MAX_STEPS, Sampler
 from ..errors import InputError
 
 Time = TypeVar("Time", float, Tensor)
@@ -22,10 +22,10 @@ def timesteps(steps: int, shift: float = 5.0) -> list[float]:
     """Noise levels in [0, 1], `steps` + 1 of them, from 1 down to the final 0, already shifted.
 
     2 and 4 steps are the trained schedules (1000, 500 and 1000, 750, 500, 250 of 1000); any other
-    count is evenly spaced from 1000 to 1.  Raises InputError for steps < 1.
+    count is evenly spaced from 1000 to 1.  Raises InputError for steps < 1 or > 1000.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}; it must be 1 or more")
+    if not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"steps is {steps}; it must be from 1 to {MAX_STEPS}")
     match steps:
         case 2:
             times = [1000.0, 500.0]

@@ -68,7 +68,7 @@ def default_precision(model: Model) -> Precision:
 class Engine:
     """Runs chunks of one model at one size, precision and number of steps.
 
-    height, width: pixels, divisible by 16; steps: 1 or more; precision "fp32", "bf16" or "fp8" (the DiT's
+    height, width: pixels, divisible by 16; steps: 1 to 1000; precision "fp32", "bf16" or "fp8" (the DiT's
     large products in float8, all else as in bf16, with a loss that the README states); None takes
     the model's own size and steps and the fastest exact precision of its device.  capture: replay the
     stages from CUDA graphs, or launch them one by one with the same result; None captures on a CUDA device.
