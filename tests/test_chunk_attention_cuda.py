@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,7 +94,8 @@ def kernel() -> Callable[..., Tensor]:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is sm_90's")
     if isinstance(found := cuda.extension(), str):
-        pytest.skip(found)
+        # With a compiler it should have been built; the tests of slice_conv build it themselves.
+        (pytest.fail if shutil.which("nvcc") else pytest.skip)(found)
 
     def run(q: Tensor, k: Tensor, v: Tensor, tile_keys: int | None = None, **options: Any) -> Tensor:
         if tile_keys is None:

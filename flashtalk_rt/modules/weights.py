@@ -249,14 +249,16 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 
 def build(checkpoint: Checkpoint, name: str) -> Any:
     """One network of `checkpoint` by its name: a module with its parameters on the meta device, or a toy
-    encoder, which has none. CheckpointError for settings that make none.
+    encoder, which has none. CheckpointError for settings that make no encoder.
     """
     try:
         return _build(checkpoint, name)
     except CheckpointError:
         raise
     except Exception as error:  # every encoder's library checks its settings in its own way
-        settings = checkpoint.encoders.get(name, f"the {name} settings")
+        if name not in checkpoint.encoders:  # settings of ours were checked when they were read
+            raise
+        settings = checkpoint.encoders[name]
         raise CheckpointError(f"{checkpoint.where}: {name} cannot be made of {settings}: {error}") from error
 
 
