@@ -141,8 +141,8 @@ def fit_dit(
     pool = ClipPool(vae, kinds, clips, speakers, stream, generator)
     log(f"{clips} clips encoded")
 
-    if device.type == "cuda" and len({(kind.height, kind.width) for kind, _ in kinds}) == 1:
-        # Another picture size would compile everything again, which costs more than it saves.
+    if device.type == "cuda":
+        # On an H100 a step takes 28 ms instead of 51; compiling takes 35 s for each number of tokens.
         for block in dit.blocks:
             block.compile(dynamic=False)
 
