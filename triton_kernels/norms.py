@@ -1,4 +1,4 @@
-"""Normalisations of the DiT, a few rows (a token's channels) a program, fused with what surrounds them.
+"""Normalisations of the DiT, a row (a token's channels) at a time, fused with what surrounds them.
 
 All statistics are float32.  A row is read once and stays in registers, as parts of a power of two of
 channels: no lane idles at a width of five such parts.
@@ -7,7 +7,6 @@ channels: no lane idles at a width of five such parts.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,20 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .quantize import FP8_MAX, row_scale, to_fp8
-from .specialization import Specialization
+from .specialization import Specialization, multiprocessors
 
 VECTOR = 4  # channels a thread loads at once: 16 bytes of float32 parameters
-
-
-class Rows(NamedTuple):
-    """How many rows a program of `residual_norm_kernel` holds, for which it loads the parameters once, and
-    its warps."""
-
-    rows: int
-    warps: int
-
-
-ROWS = Rows(rows=2, warps=8)
+WARPS = 8  # of a program of `residual_norm_kernel`, at most
+RESIDENT_WARPS = 16  # of all its programs, on a multiprocessor
 HEAD_PART = 8  # heads of a part of `qk_norm_rope_kernel`, at most
 HEADS_WARPS = 4
 
@@ -45,10 +35,16 @@ def channels(part, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_channels(at, columns, D: tl.constexpr, MASKED: tl.constexpr):
-    """The channels `columns` of what `at` points at, as float32; 0 past D."""
-    loaded = tl.load(at + columns, mask=columns < D, other=0.0) if MASKED else tl.load(at + columns)
-    return loaded.to(tl.float32)
+def load_row(at, D: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The D channels that `at` points at, as PARTS tensors [1, BLOCK] in their dtype; 0 past D."""
+    parts = ()
+    for i in tl.static_range(PARTS):
+        columns = channels(i, BLOCK, VECTOR)
+        if (i + 1) * BLOCK > D:
+            parts += (tl.load(at + columns, mask=columns < D, other=0.0),)  # type: ignore[assignment]
+        else:
+            parts += (tl.load(at + columns),)  # type: ignore[assignment]
+    return parts
 
 
 @triton.jit
@@ -86,64 +82,80 @@ def round_to(x, dtype: tl.constexpr, FAST: tl.constexpr):
 def residual_norm_kernel(
     x, y, gate, weight, bias, residual, out, scale,
     length, gate_stride, weight_stride, bias_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
     FP8: tl.constexpr, FP8_LIMIT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """residual = x + y * gate; out = LayerNorm(residual) * weight + bias, both for ROWS rows of a batch
-    element, which has `length`; past its end the last one again."""
-    tiles = tl.cdiv(length, ROWS)
-    batch = tl.program_id(0).to(tl.int64) // tiles
-    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    row = (batch * length + tl.minimum(row, length - 1))[:, None]
-    at = row * D
-    gate += batch * gate_stride
-    weight += batch * weight_stride
-    bias += batch * bias_stride
-    parts = ()
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for i in tl.static_range(PARTS):
-        columns = channels(i, BLOCK, VECTOR)
-        part = load_channels(x + at, columns, D, (i + 1) * BLOCK > D)
-        if HAS_Y:
-            added = load_channels(y + at, columns, D, (i + 1) * BLOCK > D)
-            if HAS_GATE:
-                added *= load_channels(gate, columns, D, (i + 1) * BLOCK > D)
-            # The norm sees what the next layer will read.
-            part = round_to(part + added, residual.dtype.element_ty, FAST)
-            store_channels(residual + at, columns, part, D, (i + 1) * BLOCK > D)
-        total += part
-        parts += (part,)  # type: ignore[assignment]
+    """residual = x + y * gate; out = LayerNorm(residual) * weight + bias, for a program's share of the
+    `length` rows of a batch element: every `num_programs`-th.
+
+    The parameters, 60 KB of float32 at a width of 5120, are read once and stay in registers.  A row arrives
+    while the one before it is computed.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    gates = ()
+    weights = ()
+    biases = ()
+    if HAS_GATE:
+        gates = load_row(gate + batch * gate_stride, D, PARTS, BLOCK, VECTOR)
     if HAS_NORM:
-        mean = tl.sum(total, 1)[:, None] / D
-        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        weights = load_row(weight + batch * weight_stride, D, PARTS, BLOCK, VECTOR)
+        biases = load_row(bias + batch * bias_stride, D, PARTS, BLOCK, VECTOR)
+    first = batch * length
+    next_y = ()
+    next_x = load_row(x + (first + tl.program_id(0)) * D, D, PARTS, BLOCK, VECTOR)
+    if HAS_Y:
+        next_y = load_row(y + (first + tl.program_id(0)) * D, D, PARTS, BLOCK, VECTOR)
+    for row in tl.range(tl.program_id(0), length, tl.num_programs(0), num_stages=1):
+        at = (first + row) * D
+        x_row = next_x
+        y_row = next_y
+        # The last of a program reads a row that it has no use for.
+        after = (first + tl.minimum(row + tl.num_programs(0), length - 1)) * D
+        next_x = load_row(x + after, D, PARTS, BLOCK, VECTOR)
+        if HAS_Y:
+            next_y = load_row(y + after, D, PARTS, BLOCK, VECTOR)
+        parts = ()
+        total = tl.zeros((1, BLOCK), tl.float32)
         for i in tl.static_range(PARTS):
-            centred = parts[i] - mean
-            if (i + 1) * BLOCK > D:
-                centred = tl.where(channels(i, BLOCK, VECTOR) < D, centred, 0.0)
-            squares += centred * centred
-        spread = tl.rsqrt(tl.sum(squares, 1)[:, None] / D + eps)
-        normed_parts = ()
-        largest = tl.zeros((ROWS, BLOCK), tl.float32)
-        for i in tl.static_range(PARTS):
-            columns = channels(i, BLOCK, VECTOR)
-            w = load_channels(weight, columns, D, (i + 1) * BLOCK > D)
-            b = load_channels(bias, columns, D, (i + 1) * BLOCK > D)
-            normed = (parts[i] - mean) * spread * w + b  # past D, where w and b are 0, it is 0
-            if FP8:
-                # The same rounding as storing and then quantising.
-                normed = round_to(normed, x.dtype.element_ty, FAST)
-                normed_parts += (normed,)  # type: ignore[assignment]
-                largest = tl.maximum(largest, tl.abs(normed))
-            else:
-                store_channels(out + at, columns, normed, D, (i + 1) * BLOCK > D)
-        if FP8:
-            s = row_scale(tl.max(largest, 1)[:, None], FP8_LIMIT)
-            inverse = tl.div_rn(1.0, s)
+            part = x_row[i].to(tl.float32)
+            if HAS_Y:
+                added = y_row[i].to(tl.float32)
+                if HAS_GATE:
+                    added *= gates[i].to(tl.float32)
+                # The norm sees what the next layer will read.
+                part = round_to(part + added, residual.dtype.element_ty, FAST)
+                store_channels(residual + at, channels(i, BLOCK, VECTOR), part, D, (i + 1) * BLOCK > D)
+            total += part
+            parts += (part,)  # type: ignore[assignment]
+        if HAS_NORM:
+            mean = tl.sum(total, 1)[:, None] / D
+            squares = tl.zeros((1, BLOCK), tl.float32)
             for i in tl.static_range(PARTS):
-                rounded = to_fp8(normed_parts[i], inverse, out.dtype.element_ty, FP8_LIMIT)
-                store_channels(out + at, channels(i, BLOCK, VECTOR), rounded, D, (i + 1) * BLOCK > D)
-            tl.store(scale + row, s)
+                centred = parts[i] - mean
+                if (i + 1) * BLOCK > D:
+                    centred = tl.where(channels(i, BLOCK, VECTOR) < D, centred, 0.0)
+                squares += centred * centred
+            spread = tl.rsqrt(tl.sum(squares, 1)[:, None] / D + eps)
+            normed_parts = ()
+            largest = tl.zeros((1, BLOCK), tl.float32)
+            for i in tl.static_range(PARTS):
+                # Past D, where weight and bias are 0, it is 0.
+                normed = (parts[i] - mean) * spread * weights[i].to(tl.float32) + biases[i].to(tl.float32)
+                if FP8:
+                    # The same rounding as storing and then quantising.
+                    normed = round_to(normed, x.dtype.element_ty, FAST)
+                    normed_parts += (normed,)  # type: ignore[assignment]
+                    largest = tl.maximum(largest, tl.abs(normed))
+                else:
+                    store_channels(out + at, channels(i, BLOCK, VECTOR), normed, D, (i + 1) * BLOCK > D)
+            if FP8:
+                s = row_scale(tl.max(largest, 1)[:, None], FP8_LIMIT)
+                inverse = tl.div_rn(1.0, s)
+                for i in tl.static_range(PARTS):
+                    rounded = to_fp8(normed_parts[i], inverse, out.dtype.element_ty, FP8_LIMIT)
+                    store_channels(out + at, channels(i, BLOCK, VECTOR), rounded, D, (i + 1) * BLOCK > D)
+                tl.store(scale + first + row + tl.zeros((1, 1), tl.int32), s)
 
 
 def residual_norm(
@@ -154,13 +166,12 @@ def residual_norm(
     bias: Tensor | None,
     eps: float,
     fp8: bool,
-    most: Rows | None = None,
+    resident_warps: int = RESIDENT_WARPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `residual_norm_kernel`: x, y [B, ..., D], gate, weight and bias [1 or B, 1, D], all contiguous.
 
     Without weight (and bias) there is no norm.  Returns (residual, out, scale); residual is empty without
-    `y`, out without `weight`, scale without `fp8`.  `most`: rows and warps of a program, `ROWS` if None;
-    narrow rows take fewer warps.
+    `y`, out without `weight`, scale without `fp8`.  `resident_warps`: see `RESIDENT_WARPS`.
     """
     width, rows = x.shape[-1], math.prod(x.shape[:-1])
     residual = torch.empty_like(x) if y is not None else x.new_empty(0)
@@ -169,23 +180,18 @@ def residual_norm(
     scale = x.new_empty((*x.shape[:-1], 1) if fp8 else 0, dtype=torch.float32)
     strides = [width if v is not None and v.shape[0] > 1 else 0 for v in (gate, weight, bias)]
     length = math.prod(x.shape[1:-1]) if any(strides) else rows  # else all rows have the same parameters
-    held = fit(ROWS if most is None else most, width, length)
-    block = VECTOR * 32 * held.warps
-    residual_norm_kernel[(triton.cdiv(length, held.rows) * (rows // length),)](
+    warps = min(WARPS, max(1, triton.next_power_of_2(width) // (VECTOR * 32)))
+    block = VECTOR * 32 * warps
+    programs = min(length, multiprocessors(x.device) * (resident_warps // warps))
+    residual_norm_kernel[(programs, rows // length)](
         # x stands in for what is not there: never read.
         *(x if part is None else part for part in (x, y, gate, weight, bias)),
         residual, out, scale, length, *strides, eps,
-        D=width, ROWS=held.rows, PARTS=triton.cdiv(width, block), BLOCK=block, VECTOR=VECTOR,
+        D=width, PARTS=triton.cdiv(width, block), BLOCK=block, VECTOR=VECTOR,
         HAS_Y=y is not None, HAS_GATE=gate is not None, HAS_NORM=weight is not None,
-        FP8=fp8, FP8_LIMIT=FP8_MAX, FAST=x.is_cuda, num_warps=held.warps,
+        FP8=fp8, FP8_LIMIT=FP8_MAX, FAST=x.is_cuda, num_warps=warps,
     )  # fmt: skip
     return residual, out, scale
-
-
-def fit(most: Rows, width: int, length: int) -> Rows:
-    """`most`, but no more warps than hold a row of `width` and no more rows than there are."""
-    warps = min(most.warps, max(1, triton.next_power_of_2(width) // (VECTOR * 32)))
-    return Rows(min(most.rows, triton.next_power_of_2(length)), warps)
 
 
 @triton.jit
@@ -258,7 +264,7 @@ def qk_norm_rope(
     return out
 
 
-HELPERS = ("channels", "load_channels", "load_heads", "round_to", "store_channels")
+HELPERS = ("channels", "load_heads", "load_row", "round_to", "store_channels")
 _RESIDUAL_NORM_FORMS = (  # y, gate, norm
     (False, False, True),
     (True, False, True),
@@ -277,11 +283,11 @@ KERNELS = (
                 "eps": "fp32",
             },
             {
-                "D": 5120, "ROWS": ROWS.rows, "PARTS": 5120 // (VECTOR * 32 * ROWS.warps),
-                "BLOCK": VECTOR * 32 * ROWS.warps, "VECTOR": VECTOR, "HAS_Y": has_y, "HAS_GATE": has_gate,
+                "D": 5120, "PARTS": 5120 // (VECTOR * 32 * WARPS), "BLOCK": VECTOR * 32 * WARPS,
+                "VECTOR": VECTOR, "HAS_Y": has_y, "HAS_GATE": has_gate,
                 "HAS_NORM": has_norm, "FP8": fp8, "FP8_LIMIT": FP8_MAX, "FAST": True,
             },
-            num_warps=ROWS.warps,
+            num_warps=WARPS,
         )
         for has_y, has_gate, has_norm in _RESIDUAL_NORM_FORMS
         for fp8 in ((False, True) if has_norm else (False,))

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .key_attention import LOG2_E, LOWEST, NARROWEST, load_keys, visible_end
-from .specialization import Specialization
+from .specialization import Specialization, multiprocessors
 
 FURTHER = tl.constexpr(32)  # text keys at a time that `resident_kernel` does not hold
 
@@ -189,18 +188,13 @@ def launch(inputs: tuple[Tensor, ...], tile: Resident, has_bias: bool, bias_stri
     """Launch `resident_kernel` on its first seven arguments, contiguous, of which the last is written."""
     q, text_k, _, image_k, *_ = inputs
     batch, length, heads, dim = q.shape
-    programs = min(triton.cdiv(length, tile.queries) * heads * batch, _multiprocessors(q.device))
+    programs = min(triton.cdiv(length, tile.queries) * heads * batch, multiprocessors(q.device))
     resident_kernel[(programs,)](
         *inputs, batch, length, text_k.shape[1], image_k.shape[1], bias_stride, dim**-0.5,
         HEADS=heads, D=dim, BLOCK_M=tile.queries, IMAGE=tile.image, REST=tile.rest,
         BLOCK_KEYS=triton.next_power_of_2(text_k.shape[1]) if has_bias else 1, HAS_BIAS=has_bias,
         num_warps=tile.warps,
     )  # fmt: skip
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """Each of them has room for one program; in the interpreter, some."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 HELPERS = ("see_resident", "see_text", "text_scores", "weigh_text")

@@ -1,10 +1,11 @@
-"""What a kernel is compiled for: enough to compile it without a GPU and without tensors."""
+"""What a kernel is compiled for, without a GPU and without tensors; and how many programs a GPU holds."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 
+import torch
 import triton
 
 
@@ -21,3 +22,8 @@ class Specialization:
     constants: Mapping[str, int | float | bool | None]
     num_warps: int = 4
     num_stages: int = 3
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many there are, for kernels whose programs stay on one; in the interpreter, some."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -247,7 +247,8 @@ SPEC = OpSpec(
         _case(1, 1, 7, y=False, gate=False, affine=False),
         _transposed(_case(2, 3, 48, y=True, gate=True, affine=False)),
         _case(2, 3, 1540, y=True, gate=True, affine=False, fp8=True),
-        _case(2, 5, 2048, y=True, gate=True, affine=False),  # whole parts of a row
+        _case(2, 7, 2048, y=True, gate=True, affine=False),  # whole parts of a row
+        _case(1, 300, 1028, y=True, gate=True, affine=False, fp8=True),  # more rows than programs
     ),
     workload=_case(1, 12096, 5120, y=True, gate=True, affine=False),
     gradients=("x", "y", "gate", "weight", "bias"),
