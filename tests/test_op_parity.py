@@ -27,6 +27,8 @@ PARAMETERS = [
     for case in spec.cases
 ]
 
+BACKWARD_KERNELS = {("chunk_attention", "triton"): ("q", "k", "v")}  # other gradients are torch's
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
@@ -155,6 +157,26 @@ def test_a_backend_errs_at_most_twice_as_much_as_eager(
             gradients(spec.reference, exact_inputs, wanted, 1),
             floor,
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("spec", "case", "backend"), [p for p in PARAMETERS if p.values[2] in ("triton", "cuda")]
+)
+def test_a_kernel_alone(spec: OpSpec, case: Case, backend: str) -> None:
+    """A kernel, and the backward kernels where there are some, beside as little of torch as can be: what
+    `.ci/gpu memcheck` and `racecheck` run, which do not survive all of torch's libraries."""
+    assert spec.function is not None
+    dtype = torch.bfloat16
+    made = case.make(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
+    inputs = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in made.items()}
+    if (reason := serves(spec, backend, "cuda", dtype, inputs)) is not None:
+        pytest.skip(reason)
+    leaves = [inputs[name].requires_grad_() for name in BACKWARD_KERNELS.get((spec.name, backend), ())]
+    out = spec.function(**inputs, backend=backend)
+    assert all(part.isfinite().all() for part in results(out))
+    if leaves:
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
 
 
 def test_an_unknown_backend_is_named() -> None:
