@@ -120,7 +120,7 @@ def residual_norm_kernel(
         for i in tl.static_range(PARTS):
             part = x_row[i].to(tl.float32)
             if HAS_Y:
-                added = y_row[i].to(tl.float32)
+                added = y_row[i].to(tl.float32)  # type: ignore[var-annotated]
                 if HAS_GATE:
                     added *= gates[i].to(tl.float32)
                 # The norm sees what the next layer will read.
@@ -145,7 +145,7 @@ def residual_norm_kernel(
                 if FP8:
                     # The same rounding as storing and then quantising.
                     normed = round_to(normed, x.dtype.element_ty, FAST)
-                    normed_parts += (normed,)  # type: ignore[assignment]
+                    normed_parts += (normed,)
                     largest = tl.maximum(largest, tl.abs(normed))
                 else:
                     store_channels(out + at, channels(i, BLOCK, VECTOR), normed, D, (i + 1) * BLOCK > D)
