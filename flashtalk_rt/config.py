@@ -15,7 +15,7 @@ from .errors import CheckpointError
 SIZE_MULTIPLE = 16  # pixels: the VAE's stride of 8 times the patch of 2
 MAX_STEPS = 1000  # the timesteps of the schedule
 
-Sampler = Literal["renoise", "euler"]
+Sampler = Literal["renoise", "adams_bashforth"]
 Precision = Literal["fp32", "bf16", "fp8"]  # fp8: the DiT's large products
 
 # Channel statistics of the WAN2.1 VAE's latents, as published with its weights.
@@ -82,7 +82,7 @@ class StreamConfig:
     loudness_lufs: float = -23.0
     steps: int = 4
     shift: float = 5.0
-    sampler: Sampler = "renoise"  # "renoise" for distilled weights, "euler" for a plain flow model
+    sampler: Sampler = "renoise"  # for distilled weights; "adams_bashforth" for a plain flow model
     color_strength: float = 1.0
     # Classifier-free guidance by the audio (Ho and Salimans, arXiv 2207.12598): velocities v0 + g (v - v0)
     # with v0 the one without audio, a second pass, at noise levels from `guided_below` down (Kynkäänniemi et

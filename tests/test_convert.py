@@ -178,7 +178,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vae", "dim_mult", 4, "a list, each a positive int"),
         ("stream", "fps", 0, "a positive int"),
         ("stream", "fps", 24, "16000; it must be a multiple of fps 24"),
-        ("stream", "sampler", "heun", "one of renoise, euler"),
+        ("stream", "sampler", "heun", "one of renoise, adams_bashforth"),
         ("stream", "height", 100, "be a multiple of 16"),
         ("stream", "motion_frames", 33, "be less than frames 33"),
         ("stream", "ring_s", 1.0, "last as long as 33 frames"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import Sampler, StreamConfig
 from .dit import DiT
 from .dit_layers import KeysValues, LayerContext
-from .schedule import advance
+from .schedule import Past, advance
 from .vae import VAE
 
 NoiseSource = Callable[[], Tensor]
@@ -79,9 +79,11 @@ def denoise(
     kept = motion.shape[2]
     latent = noise()
     latent[:, :, :kept] = motion
+    past: Past | None = None
     for t, s in itertools.pairwise(times):
         velocity = predict(dit, latent, t, reference, audio)
         fresh = noise() if sampler == "renoise" else None
-        latent = advance(sampler, latent, velocity, t, s, fresh).to(latent.dtype)
+        latent = advance(sampler, latent, velocity, t, s, fresh, past).to(latent.dtype)
+        past = Past(velocity, t)
         latent[:, :, :kept] = motion
         yield latent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -36,15 +36,28 @@ def timesteps(steps: int, shift: float = 5.0) -> list[float]:
     return [shift_time(t / 1000, shift) for t in (*times, 0.0)]
 
 
-def advance(sampler: Sampler, x: Tensor, v: Tensor, t: float, s: float, noise: Tensor | None) -> Tensor:
+class Past(NamedTuple):
+    """What the step before predicted, and at which noise level."""
+
+    velocity: Tensor
+    t: float
+
+
+def advance(
+    sampler: Sampler, x: Tensor, v: Tensor, t: float, s: float, noise: Tensor | None, past: Past | None
+) -> Tensor:
     """One denoising step from noise level t to s, given the predicted velocity v = noise - clean.
 
     "renoise" (distilled weights) takes the clean estimate x - v t and noises it afresh to s, which
-    is what the few-step student was trained for; `noise` is required.  "euler" integrates
-    dx/dt = v, the sampler of a plain flow-matching model (renoising posterior means would shrink
-    its variance); `noise` is not used.  x, v, noise: [B, C, T, H, W].
+    is what the few-step student was trained for; `noise` is required.  "adams_bashforth" integrates
+    dx/dt = v as a plain flow-matching model wants (renoising posterior means would shrink its variance),
+    by the two-step method of that name for uneven steps: v is continued along the line through the
+    `past` one.  Where there is none, in the first step, it is Euler's method.  x, v, noise: [B, C, T, H, W].
     """
-    if sampler == "euler":
+    if sampler == "adams_bashforth":
+        v = v.to(x.dtype)
+        if past is not None:
+            v = v + (s - t) / (2 * (t - past.t)) * (v - past.velocity)
         return x + v * (s - t)
     if noise is None:
         raise ValueError("the renoise sampler needs a noise tensor a step")

@@ -22,7 +22,7 @@ from ..graphs.capture import Graphs, Work
 from ..modules.chunk import NoiseSource, Reference, predict
 from ..modules.color import ColorReference
 from ..modules.model import Model
-from ..modules.schedule import advance
+from ..modules.schedule import Past, advance
 from ..modules.vae import Cache
 from .lane import Lane
 from .timing import StageClock
@@ -88,6 +88,10 @@ class Stages:
         self._audio = buffers.like("audio", model.dit.audio_context(self._windows))
         self._noise = buffers.zeros("noise", latent_shape, torch.float32)
         self._latent = buffers.zeros("latent", latent_shape, torch.float32)
+        # The prediction of the step before, for the sampler that looks back.
+        self._velocity = (
+            None if stream.sampler == "renoise" else buffers.zeros("velocity", latent_shape, torch.float32)
+        )
         self._latent_frame = buffers.like("latent_frame", self._latent[:, :, :1])
         # What the VAE remembers lies in the convolutions' inputs, 4 GB of them at 768 x 448: 2.5 more than
         # what is remembered, for which nothing is copied between two latent frames.
@@ -109,8 +113,8 @@ class Stages:
         )
         # Every step launches the same kernels on the same shapes.
         self._steps = [
-            graphs.add(functools.partial(self._step, t, s), warm=number == 0)
-            for number, (t, s) in enumerate(itertools.pairwise(times))
+            graphs.add(functools.partial(self._step, before, t, s), warm=before is None)
+            for before, (t, s) in zip((None, *times), itertools.pairwise(times), strict=False)
         ]
         self._blocks = self._make_blocks(first, later)
         self._copies = Lane(device)
@@ -212,11 +216,15 @@ class Stages:
 
     # The stages' callables.  They read and write buffers, and nothing else.
 
-    def _step(self, t: float, s: float) -> None:
+    def _step(self, before: float | None, t: float, s: float) -> None:
+        """`before`: the noise level of the step before, None in the first."""
         sampler = self._model.stream.sampler
         velocity = predict(self._model.dit, self._latent, t, self._constants.reference, self._audio)
         fresh = self._noise if sampler == "renoise" else None
-        self._latent.copy_(advance(sampler, self._latent, velocity, t, s, fresh))
+        past = None if before is None or self._velocity is None else Past(self._velocity, before)
+        self._latent.copy_(advance(sampler, self._latent, velocity, t, s, fresh, past))
+        if self._velocity is not None:
+            self._velocity.copy_(velocity)
 
     def _decode(self, into: Tensor, past: Cache | None) -> None:
         frames, _ = self._model.vae.decode_step(self._latent_frame, past, clamp=True, rooms=self._rooms)

@@ -113,7 +113,7 @@ def card(logs: dict[str, dict[str, Any]], evaluation: dict[str, Any], model: Mod
             f"(VAE {parameters['VAE']:.1f} M parameters, DiT {parameters['DiT']:.1f} M), trained from random "
             "weights on a procedural world of cartoon faces and synthetic speech. It knows no photographs "
             "and no language: photographs are refused, prompts have no effect. It is not distilled: the "
-            f"default is {model.stream.steps} Euler steps.",
+            f"default is {model.stream.steps} denoising steps.",
             "",
             "## Training",
             "",
