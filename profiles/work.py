@@ -193,9 +193,9 @@ def vae_decode(config: VAEConfig, stream: StreamConfig, folded: bool = False) ->
 
 
 def _encode_step(config: VAEConfig, stream: StreamConfig, frames: int) -> list[Work]:
-    """Encoding one frame, the first, or the four of a later latent frame."""
+    """Encoding a video's first 1 + 4 n frames, or the 4 n of later latent frames, in one call."""
     dims = [config.dim * m for m in (1, *config.dim_mult)]
-    height, width, first = stream.height, stream.width, frames == 1
+    height, width, first = stream.height, stream.width, frames % 4 == 1
     work: list[Work] = [Convolution(3, dims[0], (3, 3, 3), frames, height, width)]
     for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
         for block in range(config.num_res_blocks):
@@ -204,17 +204,20 @@ def _encode_step(config: VAEConfig, stream: StreamConfig, frames: int) -> list[W
             continue
         height, width = height // 2, width // 2
         work.append(Convolution(out_dim, out_dim, (1, 3, 3), frames, height, width, stride=(1, 2, 2)))
-        if TEMPORAL[level] and not first:
+        if TEMPORAL[level] and frames > 1:
+            # The first frame stands alone.
             frames //= 2
             work.append(Convolution(out_dim, out_dim, (3, 1, 1), frames, height, width, stride=(2, 1, 1)))
+            frames += first
     work += _middle(dims[-1], frames, height, width)
     return [*work, Convolution(dims[-1], 2 * config.z_dim, (3, 3, 3), frames, height, width)]
 
 
 def vae_encode(config: VAEConfig, stream: StreamConfig) -> list[Work]:
-    """Encoding a chunk's last frames as the next one's motion."""
-    later = _encode_step(config, stream, 4) * ((stream.motion_frames - 1) // 4)
-    return _encode_step(config, stream, 1) + later
+    """Encoding a chunk's last frames as the next one's motion: five frames in one call, then four a call."""
+    first = min(5, stream.motion_frames)
+    later = _encode_step(config, stream, 4) * ((stream.motion_frames - first) // 4)
+    return _encode_step(config, stream, first) + later
 
 
 def color_bytes(stream: StreamConfig) -> int:

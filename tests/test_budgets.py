@@ -14,6 +14,7 @@ import torch
 from flashtalk_rt import ops
 from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
 from flashtalk_rt.errors import FlashTalkError, InputError, OutputError
+from flashtalk_rt.modules.vae import VAE
 from flashtalk_rt.profiles import budgets as budgets_module
 from flashtalk_rt.profiles import floors, record, timing, work
 from flashtalk_rt.profiles.budgets import Budget, BudgetError, Budgets, load_budgets
@@ -295,6 +296,42 @@ def test_folded_upsampling_takes_less() -> None:
         )
 
     assert upsampling(False) == 2.25 * upsampling(True) > 0
+
+
+def test_encoding_is_counted_a_call_at_a_time() -> None:
+    """The first latent frame and the four frames behind it are one call, which changes no sum."""
+
+    def items(motion_frames: int) -> list[work.Work]:
+        return work.vae_encode(VAEConfig(), StreamConfig(motion_frames=motion_frames))
+
+    one, five, nine = (work.total_flop(items(frames)) for frames in (1, 5, 9))
+    assert five - one == nine - five > 2 * one
+    assert len(items(5)) == len(items(9)) / 2 and items(9)[: len(items(5))] == items(5)
+
+
+@pytest.mark.parametrize("motion_frames", [1, 5, 9])
+@torch.no_grad()
+def test_the_convolutions_counted_are_those_that_encode(motion_frames: int) -> None:
+    vae = VAE(VAEConfig(dim=4, num_res_blocks=1))
+    found: list[tuple[Any, ...]] = []
+
+    def note(layer: Any, inputs: Any, y: torch.Tensor) -> None:
+        flat = y.dim() == 4  # a 2D layer, whose frames are a batch
+        frames, kernel = (len(y), (1, *layer.kernel_size)) if flat else (y.shape[2], layer.kernel_size)
+        found.append((*layer.weight.shape[1::-1], kernel, frames, *y.shape[-2:]))
+
+    for layer in vae.encoder.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Conv3d):
+            layer.register_forward_hook(note)
+    vae.encode(torch.zeros(1, 3, motion_frames, 16, 32))
+    stream = StreamConfig(height=16, width=32, motion_frames=motion_frames)
+    counted = [
+        (item.in_dim, item.out_dim, item.kernel, item.frames, item.height, item.width)
+        for item in work.vae_encode(vae.config, stream)
+        # Attention's projections are linear layers there.
+        if isinstance(item, work.Convolution) and (item.in_dim, item.kernel) != (16, (1, 1, 1))
+    ]
+    assert sorted(found) == sorted(counted)
 
 
 def test_a_timing() -> None:

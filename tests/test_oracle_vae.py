@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -10,9 +11,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from flashtalk_rt.config import VAEConfig
-from flashtalk_rt.modules.vae import VAE
+from flashtalk_rt.modules.vae import VAE, Cache, CacheCursor
+from flashtalk_rt.modules.vae_layers import Downsample
 
 BOUND = 1e-4
+NDHWC = torch.channels_last_3d
 SMALL = VAEConfig(dim=8, num_res_blocks=1)
 
 # Inside a residual block: our (the published) name -> diffusers' name.
@@ -159,6 +162,52 @@ def test_the_encoding_step_does_not_change_the_result(step: int) -> None:
     vae, x = random_vae().double(), video(17, 16, 24)
     for out, expected in zip(vae.encode_distribution(x, step), vae.encode_distribution(x, 4), strict=True):
         assert relative(out, expected) < 1e-12
+
+
+def encoded(vae: VAE, x: Tensor, split: list[int]) -> tuple[Tensor, list[Cache]]:
+    """The moments, one call of the encoder for each part of `split`, and the cache that each call leaves."""
+    cache: Cache | None = None
+    parts, caches = [], []
+    for frames in x.split(split, dim=2):
+        cursor = CacheCursor(cache)
+        parts.append(vae.encoder(frames, cursor))
+        cache = cursor.future
+        caches.append(cache)
+    return torch.cat(parts, dim=2), caches
+
+
+@pytest.mark.parametrize(
+    ("ones", "jointly"), [([1, 4], [5]), ([1, 4, 4], [5, 4]), ([1, 4, 4], [9]), ([1, 4, 4, 4], [9, 4])]
+)
+@torch.no_grad()
+def test_a_videos_start_may_be_encoded_at_once(ones: list[int], jointly: list[int]) -> None:
+    """Moments and caches are those of the first frame alone and then four at a time."""
+    vae, x = random_vae().double(), video(sum(ones), 16, 24, batch=2).double()
+    expected, caches = encoded(vae, x, ones)
+    found, joint_caches = encoded(vae, x, jointly)
+    assert relative(found, expected) < 1e-12
+    ends = list(itertools.accumulate(ones))
+    for end, remembered in zip(itertools.accumulate(jointly), joint_caches, strict=True):
+        for mine, one in zip(remembered, caches[ends.index(end)], strict=True):
+            assert mine is not None and one is not None
+            assert relative(mine, one) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("frames", "step", "calls"),
+    [(1, 4, [1]), (5, 4, [5]), (5, 32, [5]), (9, 4, [5, 4]), (17, 8, [9, 8]), (13, 8, [9, 4])],
+)
+@torch.no_grad()
+def test_the_first_frame_takes_no_call_of_its_own(frames: int, step: int, calls: list[int]) -> None:
+    vae = random_vae().channels_last()
+    found: list[int] = []
+    layouts: list[bool] = []
+    vae.encoder.register_forward_pre_hook(lambda _, args: found.append(args[0].shape[2]))
+    for layer in vae.encoder.downsamples:
+        if isinstance(layer, Downsample):  # else the next convolution would copy it
+            layer.register_forward_hook(lambda _, __, y: layouts.append(y.is_contiguous(memory_format=NDHWC)))
+    vae.encode_distribution(video(frames, 16, 24), step)
+    assert found == calls and layouts == [True] * (3 * len(calls))
 
 
 @pytest.mark.parametrize("kept", [1, 5, 9])

@@ -32,7 +32,7 @@ from .vae_layers import (
 
 __all__ = ["ENCODE_STEP", "STRIDE", "VAE", "Cache", "CacheCursor"]
 
-ENCODE_STEP = 4  # frames a step after the first frame
+ENCODE_STEP = 4  # frames a latent frame, but for a video's first, which holds one
 STRIDE = 8  # pixels a latent pixel
 
 
@@ -70,9 +70,9 @@ class Encoder(nn.Module):
         self.head = head(dims[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, cursor: CacheCursor) -> Tensor:
-        """x [B, 3, T, H, W]: T is 1 at a video's start, else divisible by 4.
+        """x [B, 3, T, H, W]: T is 1 + 4 n at a video's start, any n from 0, else divisible by 4.
 
-        -> [B, 2 z, 1 or T / 4, H / 8, W / 8], before `VAE.conv1`."""
+        -> [B, 2 z, 1 + n or T / 4, H / 8, W / 8], before `VAE.conv1`."""
         stream: Tensor | Sum = self.conv1(with_past(x, cursor))
         for layers in (self.downsamples, self.middle):
             stream = run(layers, stream, cursor)
@@ -160,8 +160,8 @@ class VAE(nn.Module):
     def encode_distribution(self, video: Tensor, step: int = ENCODE_STEP) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the unnormalised latent, each [B, z, 1 + n, H/8, W/8].
 
-        `step`: frames at a time after the first, a multiple of 4.  More is faster on a short clip and
-        takes more memory; the result is the same.
+        `step`: frames at a time, a multiple of 4; the first time one more.  More is faster on a short clip
+        and takes more memory; the result is the same.
         """
         frames, height, width = video.shape[2:]
         if frames % ENCODE_STEP != 1 or height % STRIDE or width % STRIDE:
@@ -173,8 +173,9 @@ class VAE(nn.Module):
         video = video.to(self.dtype, memory_format=torch.channels_last_3d)
         cache: Cache | None = None
         parts = []
-        for start in (0, *range(1, frames, step)):
-            end = start + step if start else 1
+        # The first frame alone would not fill a large GPU, so it takes the next ones with it.
+        for start in (0, *range(1 + step, frames, step)):
+            end = start + step if start else 1 + step
             # The future is a view of every convolution's input: 2 GB of the last 4 frames at 768 x 448.
             cursor = CacheCursor(cache, keep=end < frames)
             parts.append(self.encoder(video[:, :, start:end], cursor))

@@ -220,7 +220,8 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
 class Downsample(nn.Module):
     """Halve the picture, and the frame rate too when `temporal`.
 
-    [B, C, T, H, W] -> [B, C, T or T / 2, H / 2, W / 2]; a video's first frame stands alone.
+    [B, C, T, H, W] -> [B, C, T or T / 2, H / 2, W / 2].  A video's first frame stands alone: `temporal` makes
+    1 + n frames of its first 1 + 2 n.
     """
 
     def __init__(self, dim: int, *, temporal: bool) -> None:
@@ -234,9 +235,12 @@ class Downsample(nn.Module):
             return x
         past = cursor.take()
         cursor.put(x[:, :, -1:])
-        if past is None:  # the first frame stands alone
+        if past is not None:
+            return self.time_conv(ops.with_past(x, past))  # type: ignore[no-any-return]
+        if x.shape[2] == 1:
             return x
-        return self.time_conv(ops.with_past(x, past))  # type: ignore[no-any-return]
+        # The first frame is the past of those behind it.
+        return ops.with_past(self.time_conv(x), x[:, :, :1])
 
 
 class Upsample(nn.Module):
