@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config import DiTConfig, Precision, StreamConfig
+from ..errors import InputError
 from ..graphs.buffers import tensors
 from ..modules.model import Model
 from ..ops._dispatch import Case, OpSpec
@@ -93,7 +94,9 @@ def measure_floors(
     def convolutions_ms(items: list[work.Work]) -> float:
         chosen = [item for item in items if isinstance(item, work.Convolution)]
         rounded = vae_dtype(precision, device)
-        return floors.floor_ms(chosen, device, rounded, rounded, repeats, convolves=(slice_convolve,))
+        return floors.floor_ms(
+            chosen, device, rounded, rounded, repeats, convolves=(slice_convolve, padded_convolve)
+        )
 
     return {
         "dit_step_ms": floor_ms(
@@ -123,6 +126,14 @@ def slice_convolve(x: Tensor, weight: Tensor) -> Tensor:
     """Our own CUDA convolution, as `floors.convolution_ms` calls it."""
     frames, taps = x[0].permute(1, 2, 3, 0), weight.permute(0, 2, 3, 4, 1)
     return ops.slice_conv(frames, taps, weight.new_zeros(len(weight)), backend="cuda")
+
+
+def padded_convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """torch's convolution of channels padded to what its fast kernels take, as `convolution_ms` calls it.
+    InputError where they need no padding."""
+    if weight.shape[1] % ops.CHANNEL_MULTIPLE == 0:
+        raise InputError(f"{weight.shape[1]} channels need no padding")
+    return ops.conv3d(x, weight, None, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2))
 
 
 @torch.no_grad()

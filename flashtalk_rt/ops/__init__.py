@@ -27,7 +27,7 @@ from .audio_cross_attention import (
 )
 from .chunk_attention import chunk_attention
 from .color_match import color_match, color_match_pixels, lab_statistics
-from .conv3d import conv3d
+from .conv3d import CHANNEL_MULTIPLE, conv3d
 from .double_frames import double_frames
 from .dual_cross_attention import dual_cross_attention, padding_bias
 from .fp8 import FP8, Quantized, quantize
@@ -72,6 +72,7 @@ REGISTRY: tuple[OpSpec, ...] = (
 )
 
 __all__ = [
+    "CHANNEL_MULTIPLE",
     "FP8",
     "REGISTRY",
     "AudioWork",
