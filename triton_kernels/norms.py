@@ -166,12 +166,11 @@ def residual_norm(
     bias: Tensor | None,
     eps: float,
     fp8: bool,
-    resident_warps: int = RESIDENT_WARPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `residual_norm_kernel`: x, y [B, ..., D], gate, weight and bias [1 or B, 1, D], all contiguous.
 
     Without weight (and bias) there is no norm.  Returns (residual, out, scale); residual is empty without
-    `y`, out without `weight`, scale without `fp8`.  `resident_warps`: see `RESIDENT_WARPS`.
+    `y`, out without `weight`, scale without `fp8`.
     """
     width, rows = x.shape[-1], math.prod(x.shape[:-1])
     residual = torch.empty_like(x) if y is not None else x.new_empty(0)
@@ -182,7 +181,7 @@ def residual_norm(
     length = math.prod(x.shape[1:-1]) if any(strides) else rows  # else all rows have the same parameters
     warps = min(WARPS, max(1, triton.next_power_of_2(width) // (VECTOR * 32)))
     block = VECTOR * 32 * warps
-    programs = min(length, multiprocessors(x.device) * (resident_warps // warps))
+    programs = min(length, multiprocessors(x.device) * (RESIDENT_WARPS // warps))
     residual_norm_kernel[(programs, rows // length)](
         # x stands in for what is not there: never read.
         *(x if part is None else part for part in (x, y, gate, weight, bias)),
