@@ -183,6 +183,23 @@ def test_a_kernel_alone(spec: OpSpec, case: Case, backend: str, monkeypatch: pyt
         assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_how_many_programs_share_the_rows_of_a_norm_changes_nothing(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A multiprocessor's 64 warps are more than these rows need on a large GPU; with 8, programs go on."""
+    from flashtalk_rt.triton_kernels import norms
+
+    spec = next(spec for spec in SPECS if spec.name == "residual_norm")
+    case = next(case for case in spec.cases if case.name.startswith("1x300"))
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    inputs = case.make(torch.device(device), dtype, torch.Generator(device).manual_seed(0))
+    spread = results(ops.residual_norm(**inputs, backend="triton"))
+    monkeypatch.setattr(norms, "RESIDENT_WARPS", norms.WARPS)
+    shared = results(ops.residual_norm(**inputs, backend="triton"))
+    assert all(torch.equal(a, b) for a, b in zip(spread, shared, strict=True))
+
+
 def test_an_unknown_backend_is_named() -> None:
     spec = next(spec for spec in SPECS if spec.name == "residual_norm")
     inputs = spec.cases[0].make(torch.device("cpu"), torch.float32, torch.Generator())
