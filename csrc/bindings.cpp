@@ -5,6 +5,7 @@
 #include <string>
 
 #include "api/chunk_attention.h"
+#include "api/cross_attention.h"
 #include "api/slice_conv.h"
 
 namespace py = pybind11;
@@ -37,4 +38,19 @@ PYBIND11_MODULE(_C, module) {
         py::arg("heads"), py::arg("tile_keys") = 0, py::arg("device"), py::arg("stream"),
         "Enqueue an attention (csrc/api/chunk_attention.h).  ValueError for what the kernel does not take, "
         "RuntimeError naming the call for an error of CUDA.");
+    module.attr("CROSS_TEXT_KEYS") = flashtalk::kCrossTextKeys;
+    module.attr("CROSS_IMAGE_KEYS") = py::make_tuple(flashtalk::kCrossFewestImageKeys, flashtalk::kCrossMostImageKeys);
+    module.def(
+        "cross_attention",
+        [](uintptr_t q, uintptr_t text_k, uintptr_t text_v, uintptr_t image_k, uintptr_t image_v, uintptr_t text_bias,
+           uintptr_t out, int batch, int length, int text, int image, int heads, bool shared_bias, int device,
+           uintptr_t stream) {
+            flashtalk::cross_attention({q, text_k, text_v, image_k, image_v, text_bias, out, batch, length, text,
+                                        image, heads, shared_bias, device, stream});
+        },
+        py::kw_only(), py::arg("q"), py::arg("text_k"), py::arg("text_v"), py::arg("image_k"), py::arg("image_v"),
+        py::arg("text_bias"), py::arg("out"), py::arg("batch"), py::arg("length"), py::arg("text"), py::arg("image"),
+        py::arg("heads"), py::arg("shared_bias"), py::arg("device"), py::arg("stream"),
+        "Enqueue a cross-attention to text and image (csrc/api/cross_attention.h).  ValueError for what the kernel "
+        "does not take, RuntimeError naming the call for an error of CUDA.");
 }

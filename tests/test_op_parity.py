@@ -47,7 +47,8 @@ def serves(
     situation = Situation.of(torch.device(device), dtype, head_dim, grad, masked)
     if backend == "triton" and interpreted(situation):
         return None
-    return next(b for b in spec.backends if b.name == backend).supports(situation)
+    chosen = next(b for b in spec.backends if b.name == backend)
+    return chosen.supports(situation) or chosen.misfit(**inputs)
 
 
 def upcast(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -99,13 +99,14 @@ def dual_cross_attention(
     out = torch.empty_like(q)
     if tile is None:
         tile = RESIDENT if fits_resident(q, image_k.shape[1]) else TILES[dim, q.element_size()]
-    inputs = q, text_k, text_v, image_k, image_v, text_bias if text_bias is not None else q, out
-    bias_stride = text_bias.shape[-1] if text_bias is not None and text_bias.ndim == 2 else 0
+    inputs = q, text_k, text_v, image_k, image_v, text_bias, out
     if isinstance(tile, Resident):
-        launch(inputs, tile, text_bias is not None, bias_stride)
+        launch(inputs, tile)
         return out
+    bias_stride = text_bias.shape[-1] if text_bias is not None and text_bias.ndim == 2 else 0
     dual_cross_attention_kernel[(triton.cdiv(length, tile.queries), heads, batch)](
-        *inputs, length, heads, text_k.shape[1], image_k.shape[1], bias_stride, dim**-0.5,
+        *(q if x is None else x for x in inputs),
+        length, heads, text_k.shape[1], image_k.shape[1], bias_stride, dim**-0.5,
         D=dim, BLOCK_M=tile.queries, BLOCK_TEXT=tile.text, BLOCK_IMAGE=tile.image,
         BLOCK_KEYS=1 if text_bias is None else triton.next_power_of_2(text_k.shape[1]),
         HAS_BIAS=text_bias is not None,

@@ -78,7 +78,7 @@ def resident_kernel(
     q, text_k, text_v, image_k, image_v, text_bias, out,
     batch_size, length, text_keys, image_keys, bias_stride, scale,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, IMAGE: tl.constexpr, REST: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, HAS_BIAS: tl.constexpr, BUT_TEXT: tl.constexpr,
 ):  # fmt: skip
     """As `dual_cross_attention_kernel`, for a program's share of all (head, tile of queries), in that order.
 
@@ -88,6 +88,8 @@ def resident_kernel(
 
     Both softmaxes end in one sum: text weights are given the image's total by its own, and the sum is
     divided by the image's total.
+
+    Batches with BUT_TEXT visible text keys or fewer are left alone: another kernel's.
     """
     factor = scale * LOG2_E
     token = tl.full((), HEADS * D, tl.int64)  # elements from a token to the next
@@ -98,68 +100,69 @@ def resident_kernel(
     columns = tl.arange(0, D)[None, :]
     for pair in tl.range(begin // head_tiles, tl.cdiv(end, head_tiles), num_stages=1):
         batch = pair // HEADS
-        head = pair % HEADS
-        first = batch * image_keys * token + head * D
-        at = (tl.arange(0, IMAGE // 2) * HEADS * D)[:, None] + columns
-        k_low = tl.load(image_k + first + at)
-        v_low = tl.load(image_v + first + at)
-        at += IMAGE // 2 * HEADS * D
-        k_high = tl.load(image_k + first + at)
-        v_high = tl.load(image_v + first + at)
-        rest = tl.arange(0, REST)
-        is_image = rest < NARROWEST
-        in_image = is_image & (IMAGE + rest < image_keys)
-        at = ((IMAGE + rest) * HEADS * D)[:, None] + columns
-        k_rest = load_keys(image_k + first + at, in_image, True)
-        v_rest = load_keys(image_v + first + at, in_image, True)
-        first = batch * text_keys * token + head * D
         bias = text_bias + batch * bias_stride
         text_end = visible_end(bias, text_keys, BLOCK_KEYS) if HAS_BIAS else text_keys
-        key = rest - NARROWEST
-        in_text = (key >= 0) & (key < text_end)
-        at = (key * HEADS * D)[:, None] + columns
-        k_rest += load_keys(text_k + first + at, in_text, True)
-        v_rest += load_keys(text_v + first + at, in_text, True)
-        added = tl.where(in_image | in_text, 0.0, float("-inf"))
-        if HAS_BIAS:
-            added += tl.load(bias + key, mask=in_text, other=0.0) * LOG2_E
+        if text_end > BUT_TEXT:
+            head = pair % HEADS
+            first = batch * image_keys * token + head * D
+            at = (tl.arange(0, IMAGE // 2) * HEADS * D)[:, None] + columns
+            k_low = tl.load(image_k + first + at)
+            v_low = tl.load(image_v + first + at)
+            at += IMAGE // 2 * HEADS * D
+            k_high = tl.load(image_k + first + at)
+            v_high = tl.load(image_v + first + at)
+            rest = tl.arange(0, REST)
+            is_image = rest < NARROWEST
+            in_image = is_image & (IMAGE + rest < image_keys)
+            at = ((IMAGE + rest) * HEADS * D)[:, None] + columns
+            k_rest = load_keys(image_k + first + at, in_image, True)
+            v_rest = load_keys(image_v + first + at, in_image, True)
+            first = batch * text_keys * token + head * D
+            key = rest - NARROWEST
+            in_text = (key >= 0) & (key < text_end)
+            at = (key * HEADS * D)[:, None] + columns
+            k_rest += load_keys(text_k + first + at, in_text, True)
+            v_rest += load_keys(text_v + first + at, in_text, True)
+            added = tl.where(in_image | in_text, 0.0, float("-inf"))
+            if HAS_BIAS:
+                added += tl.load(bias + key, mask=in_text, other=0.0) * LOG2_E
 
-        base = batch * length * token + head * D
-        at = (tl.arange(0, BLOCK_M) * HEADS * D)[:, None] + columns
-        first_tile = tl.maximum(begin - pair * head_tiles, 0)
-        start = base + tl.minimum(first_tile * BLOCK_M, length - BLOCK_M) * token
-        query = tl.load(q + start + at)
-        for tile in tl.range(first_tile, tl.minimum(end - pair * head_tiles, head_tiles), num_stages=1):
-            top = tl.full([BLOCK_M], LOWEST, tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            summed = tl.zeros([BLOCK_M, D], tl.float32)
-            summed, total, top = see_resident(summed, total, top, query, k_low, v_low, factor)
-            summed, total, top = see_resident(summed, total, top, query, k_high, v_high, factor)
-            scores = tl.dot(query, tl.trans(k_rest)) * factor + added[None, :]
-            higher = tl.maximum(top, tl.max(tl.where(is_image[None, :], scores, float("-inf")), 1))
-            text_top = tl.maximum(tl.max(tl.where(is_image[None, :], float("-inf"), scores), 1), LOWEST)
-            weights = tl.exp2(scores - tl.where(is_image[None, :], higher[:, None], text_top[:, None]))
-            fade = tl.exp2(top - higher)
-            total = total * fade + tl.sum(tl.where(is_image[None, :], weights, 0.0), 1)
-            text_total = tl.sum(tl.where(is_image[None, :], 0.0, weights), 1)
-            held_top = text_top
-            text_total, text_top = weigh_text(
-                text_total, text_top, query, text_k + first, bias, REST - NARROWEST, text_end, factor,
-                D, HEADS, FURTHER, HAS_BIAS,
-            )  # fmt: skip
-            share = total / text_total
-            held = share * tl.exp2(held_top - text_top)
-            weights *= tl.where(is_image[None, :], 1.0, held[:, None])
-            summed = tl.dot(weights.to(v_rest.dtype), v_rest, summed * fade[:, None])
-            summed = see_text(
-                summed, share, text_top, query, text_k + first, text_v + first, bias,
-                REST - NARROWEST, text_end, factor, D, HEADS, FURTHER, HAS_BIAS,
-            )  # fmt: skip
-            # The next tile's queries arrive while this one's output leaves.
-            to = out + start + at
-            start = base + tl.minimum((tile + 1) * BLOCK_M, length - BLOCK_M) * token
+            base = batch * length * token + head * D
+            at = (tl.arange(0, BLOCK_M) * HEADS * D)[:, None] + columns
+            first_tile = tl.maximum(begin - pair * head_tiles, 0)
+            start = base + tl.minimum(first_tile * BLOCK_M, length - BLOCK_M) * token
             query = tl.load(q + start + at)
-            tl.store(to, (summed / total[:, None]).to(out.dtype.element_ty))
+            for tile in tl.range(first_tile, tl.minimum(end - pair * head_tiles, head_tiles), num_stages=1):
+                top = tl.full([BLOCK_M], LOWEST, tl.float32)
+                total = tl.zeros([BLOCK_M], tl.float32)
+                summed = tl.zeros([BLOCK_M, D], tl.float32)
+                summed, total, top = see_resident(summed, total, top, query, k_low, v_low, factor)
+                summed, total, top = see_resident(summed, total, top, query, k_high, v_high, factor)
+                scores = tl.dot(query, tl.trans(k_rest)) * factor + added[None, :]
+                higher = tl.maximum(top, tl.max(tl.where(is_image[None, :], scores, float("-inf")), 1))
+                text_top = tl.maximum(tl.max(tl.where(is_image[None, :], float("-inf"), scores), 1), LOWEST)
+                weights = tl.exp2(scores - tl.where(is_image[None, :], higher[:, None], text_top[:, None]))
+                fade = tl.exp2(top - higher)
+                total = total * fade + tl.sum(tl.where(is_image[None, :], weights, 0.0), 1)
+                text_total = tl.sum(tl.where(is_image[None, :], 0.0, weights), 1)
+                held_top = text_top
+                text_total, text_top = weigh_text(
+                    text_total, text_top, query, text_k + first, bias, REST - NARROWEST, text_end, factor,
+                    D, HEADS, FURTHER, HAS_BIAS,
+                )  # fmt: skip
+                share = total / text_total
+                held = share * tl.exp2(held_top - text_top)
+                weights *= tl.where(is_image[None, :], 1.0, held[:, None])
+                summed = tl.dot(weights.to(v_rest.dtype), v_rest, summed * fade[:, None])
+                summed = see_text(
+                    summed, share, text_top, query, text_k + first, text_v + first, bias,
+                    REST - NARROWEST, text_end, factor, D, HEADS, FURTHER, HAS_BIAS,
+                )  # fmt: skip
+                # The next tile's queries arrive while this one's output leaves.
+                to = out + start + at
+                start = base + tl.minimum((tile + 1) * BLOCK_M, length - BLOCK_M) * token
+                query = tl.load(q + start + at)
+                tl.store(to, (summed / total[:, None]).to(out.dtype.element_ty))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +187,25 @@ def fits_resident(q: Tensor, image_keys: int) -> bool:
     )
 
 
-def launch(inputs: tuple[Tensor, ...], tile: Resident, has_bias: bool, bias_stride: int) -> None:
-    """Launch `resident_kernel` on its first seven arguments, contiguous, of which the last is written."""
-    q, text_k, _, image_k, *_ = inputs
+def launch(inputs: tuple[Tensor | None, ...], tile: Resident, but_text: int = 0) -> None:
+    """Launch `resident_kernel` on its first seven arguments, contiguous, of which the last is written; the
+    text's bias may be None.
+
+    but_text: batches with so many visible text keys, or fewer, are left alone; it takes a bias.
+    """
+    q, text_k, _, image_k, _, text_bias, _ = inputs
+    assert q is not None and text_k is not None and image_k is not None
     batch, length, heads, dim = q.shape
+    has_bias = text_bias is not None
+    assert has_bias or not but_text
+    bias_stride = text_bias.shape[-1] if text_bias is not None and text_bias.ndim == 2 else 0
     programs = min(triton.cdiv(length, tile.queries) * heads * batch, multiprocessors(q.device))
     resident_kernel[(programs,)](
-        *inputs, batch, length, text_k.shape[1], image_k.shape[1], bias_stride, dim**-0.5,
+        *(q if x is None else x for x in inputs),
+        batch, length, text_k.shape[1], image_k.shape[1], bias_stride, dim**-0.5,
         HEADS=heads, D=dim, BLOCK_M=tile.queries, IMAGE=tile.image, REST=tile.rest,
         BLOCK_KEYS=triton.next_power_of_2(text_k.shape[1]) if has_bias else 1, HAS_BIAS=has_bias,
+        BUT_TEXT=but_text,
         num_warps=tile.warps,
     )  # fmt: skip
 
@@ -210,8 +223,9 @@ KERNELS = tuple(
         {
             "HEADS": 40, "D": 128, "BLOCK_M": RESIDENT.queries, "IMAGE": RESIDENT.image,
             "REST": RESIDENT.rest, "BLOCK_KEYS": 512 if has_bias else 1, "HAS_BIAS": has_bias,
+            "BUT_TEXT": but_text,
         },
         num_warps=RESIDENT.warps,
     )
-    for has_bias in (False, True)
+    for has_bias, but_text in ((False, 0), (True, 0), (True, 48))
 )  # fmt: skip

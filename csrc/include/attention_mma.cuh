@@ -1,6 +1,7 @@
 // The warpgroup products of attention, and the named barriers by which its warpgroups take turns.
 #pragma once
 
+#include "include/attention.h"
 #include "include/sm90.cuh"
 
 namespace flashtalk::attention {
@@ -87,5 +88,31 @@ __device__ __forceinline__ void mma_values(float (&d)[64], const uint32_t* a, ui
 
 #undef FT_REGISTERS_16
 #undef FT_REGISTERS_8
+
+// --- groups of products, each asked for as a whole ----------------------------------------------------
+
+// scores [64, 2 kCount] = q k^T over all columns; q [64, 128] and the keys lie in halves of so many bytes.
+template <int kQueryHalfBytes, int kKeyHalfBytes, int kCount>
+__device__ __forceinline__ void issue_scores(float (&scores)[kCount], uint64_t q, uint64_t k) {
+    pin(scores);
+    mma_fence();
+#pragma unroll
+    for (int step = 0; step < kDim / kMmaK; ++step) {
+        mma_scores(scores, advance(q, column_step(kQueryHalfBytes, step)),
+                   advance(k, column_step(kKeyHalfBytes, step)), step > 0);
+    }
+    mma_commit();
+}
+
+// sums [64, 128] += weights [64, 4 kWords] v: a thread's words hold two keys of one row each.
+template <int kWords>
+__device__ __forceinline__ void issue_values(float (&sums)[kDim / 2], uint32_t (&weights)[kWords], uint64_t v) {
+    pin(sums);
+    pin(weights);
+    mma_fence();
+#pragma unroll
+    for (int step = 0; step < kWords / 4; ++step) mma_values(sums, &weights[step * 4], advance(v, key_step(step)));
+    mma_commit();
+}
 
 }  // namespace flashtalk::attention

@@ -73,6 +73,16 @@ __device__ __forceinline__ void load_box(
         : "memory");
 }
 
+// --- shared memory that threads write and products or copies touch next --------------------------------
+
+// 16 bytes.
+__device__ __forceinline__ void store_zeros(uint32_t address) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
+
+// Orders this thread's earlier stores before what asynchronous units do after a barrier that follows.
+__device__ __forceinline__ void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // --- warpgroups ---------------------------------------------------------------------------------------
 
 template <int kRegisters>

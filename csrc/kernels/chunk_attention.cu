@@ -5,9 +5,8 @@
 // next tile of keys are asked for before the weighted sum of the last, and the softmax of the one runs while
 // the other is computed; beyond that, the warpgroups take turns to issue products, so that one's softmax
 // falls into the other's products.  include/chunk_attention.h says what lies where and why.
-#include <cuda_bf16.h>
-
 #include "include/attention_mma.cuh"
+#include "include/attention_rows.cuh"
 #include "include/chunk_attention.h"
 #include "include/sm90.cuh"
 
@@ -17,7 +16,6 @@ namespace {
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;  // 128 * 24 + 256 * 240 = 64512 of the 65536 of a multiprocessor
 constexpr int kTurnBarrier = 1;          // and 2: one a warpgroup; 0 is __syncthreads()
-constexpr float kScale = 0.08838834764831845f * 1.4426950408889634f;  // kDim^-0.5 log2(e)
 
 // What waits for what.  Every slot (the queries, two stages of keys, two of values) has a full barrier, which
 // one arrival and the copies' bytes complete, and an empty one, which the eight consumer warps complete.
@@ -72,48 +70,6 @@ __device__ __forceinline__ void produce(
 
 // --- one warpgroup's part -----------------------------------------------------------------------------
 
-template <class Tile>
-__device__ __forceinline__ void issue_scores(float (&scores)[Tile::kKeys / 2], uint64_t q, uint64_t k) {
-    pin(scores);
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < kDim / kMmaK; ++step) {
-        mma_scores(scores, advance(q, column_step(Tile::kQueryHalfBytes, step)),
-                   advance(k, column_step(Tile::kHalfBytes, step)), step > 0);
-    }
-    mma_commit();
-}
-
-template <class Tile>
-__device__ __forceinline__ void issue_values(float (&out)[kDim / 2], uint32_t (&weights)[Tile::kKeys / 4],
-                                             uint64_t v) {
-    pin(out);
-    pin(weights);
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < Tile::kKeys / kMmaK; ++step) {
-        mma_values(out, &weights[step * 4], advance(v, key_step(step)));
-    }
-    mma_commit();
-}
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16 | __bfloat16_as_ushort(pair.x);
-}
-
-template <int kCount>
-__device__ __forceinline__ void pack_all(const float (&from)[kCount], uint32_t (&to)[kCount / 2]) {
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) to[i] = pack(from[2 * i], from[2 * i + 1]);
-}
-
 // The online softmax of a thread's two rows.
 struct Rows {
     float top[2];    // the largest score; four lanes share a row and hold the same
@@ -134,8 +90,7 @@ struct Rows {
             }
             float high = fmaxf(even, odd);
             if (!kFirst) high = fmaxf(high, top[half]);
-            high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, 1));
-            high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, 2));
+            high = quad_max(high);
             fade[half] = kFirst ? 0.0f : exp2_approximate((top[half] - high) * kScale);
             top[half] = high;
         }
@@ -158,34 +113,14 @@ struct Rows {
     }
 };
 
-// out = sums / total, rounded once; queries past the end are not written.
+// out = sums / total; queries past the end are not written.
 __device__ __forceinline__ void write_out(
-    const float (&sums)[kDim / 2], Rows& rows, const Shape& shape, const Origin& origin, int group, uint16_t* out) {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32 % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float total = rows.total[half];
-        total += __shfl_xor_sync(0xFFFFFFFF, total, 1);
-        total += __shfl_xor_sync(0xFFFFFFFF, total, 2);
-        const float factor = __fdividef(1.0f, total);
-        const int query = origin.query + group * kMmaRows + fragment_row(warp, lane, half);
-        const int64_t row = (static_cast<int64_t>(origin.batch) * shape.length + query) * shape.heads + origin.head;
-        uint16_t* to = out + row * kDim + lane % 4 * 8;
-#pragma unroll
-        for (int first = 0; first < kDim; first += 32) {  // four blocks of 8 columns
-            uint32_t words[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float* sum = &sums[(first / 8 + i) * 4 + half * 2];
-                words[i] = pack(sum[0] * factor, sum[1] * factor);
-            }
-            transpose_quad(words, lane);
-            if (query < shape.length) {
-                *reinterpret_cast<uint4*>(to + first) = make_uint4(words[0], words[1], words[2], words[3]);
-            }
-        }
-    }
+    const float (&sums)[kDim / 2], const Rows& rows, const Shape& shape, const Origin& origin, int group,
+    uint16_t* out) {
+    const int query = origin.query + group * kMmaRows;  // the warpgroup's first
+    const int64_t row = (static_cast<int64_t>(origin.batch) * shape.length + query) * shape.heads + origin.head;
+    const float factors[2] = {__fdividef(1.0f, quad_sum(rows.total[0])), __fdividef(1.0f, quad_sum(rows.total[1]))};
+    write_rows(sums, factors, out + row * kDim, shape.heads * kDim, shape.length - query);
 }
 
 // Turns: warpgroup g waits at its own named barrier for the other's arrival there.  Both take the same number
@@ -230,7 +165,7 @@ __device__ __forceinline__ void consume(const Memory<Tile>& memory, const Shape&
         Rows rows;
         barrier_wait(memory.full(0), round);
         wait_full(keys);
-        issue_scores<Tile>(scores, q, key_tile(keys));
+        issue_scores<Tile::kQueryHalfBytes, Tile::kHalfBytes>(scores, q, key_tile(keys));
         mma_wait<0>();
         pin(scores);
         release(keys);
@@ -245,9 +180,9 @@ __device__ __forceinline__ void consume(const Memory<Tile>& memory, const Shape&
         for (int n = last - 1; n >= 0; --n) {
             wait_full(keys);
             take_turn(group);
-            issue_scores<Tile>(scores, q, key_tile(keys));  // of tile n
+            issue_scores<Tile::kQueryHalfBytes, Tile::kHalfBytes>(scores, q, key_tile(keys));  // of tile n
             wait_full(values);
-            issue_values<Tile>(sums, weights, value_tile(values));  // of tile n + 1
+            issue_values(sums, weights, value_tile(values));  // of tile n + 1
             grant_turn(1 - group);
             mma_wait<1>();
             pin(scores);
@@ -264,7 +199,7 @@ __device__ __forceinline__ void consume(const Memory<Tile>& memory, const Shape&
         }
         if (signals) barrier_arrive(memory.empty(0));
         wait_full(values);
-        issue_values<Tile>(sums, weights, value_tile(values));
+        issue_values(sums, weights, value_tile(values));
         mma_wait<0>();
         pin(sums);
         release(values);

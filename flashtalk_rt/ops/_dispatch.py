@@ -56,6 +56,8 @@ class Backend:
 
     name: str
     supports: Callable[[Situation], str | None]  # None: it can serve; else one line that says why not
+    # Of a call's arguments, for a backend that does not take every size; likewise.
+    misfit: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
 @dataclasses.dataclass(frozen=True)

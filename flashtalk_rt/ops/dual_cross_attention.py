@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+from . import chunk_attention_cuda as attention_cuda
+from . import dual_cross_attention_cuda as cuda
 from . import reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Backend, Case, OpSpec, Situation, backend_for
@@ -21,6 +24,8 @@ def _triton(situation: Situation) -> str | None:
 
 TRITON_HEADS = Backend("triton", _triton)
 """Kernels of `triton_kernels` that attend."""
+
+CUDA = Backend("cuda", attention_cuda.supports, cuda.misfit)
 
 
 @torch.library.custom_op("flashtalk_rt::dual_cross_attention", mutates_args=())
@@ -73,9 +78,18 @@ def dual_cross_attention(
     text = text_k.shape[1]
     if text_bias is not None and text_bias.shape not in ((text,), (batch, text)):
         raise ValueError(f"text_bias {[*text_bias.shape]} is neither [{text}] nor [{batch}, {text}]")
-    if backend_for(SPEC, q.device, q.dtype, dim, wanted=backend) == "triton":
-        tensors = (x.contiguous() for x in (q, text_k, text_v, image_k, image_v))
-        out: Tensor = _kernel(*tensors, None if text_bias is None else text_bias.contiguous())
+    tensors = q, text_k, text_v, image_k, image_v
+    given = tensors if text_bias is None else (*tensors, text_bias)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    chosen = backend_for(SPEC, q.device, q.dtype, dim, grad, wanted=backend)
+    if chosen == "cuda" and (reason := CUDA.misfit(*tensors, text_bias)):
+        if backend == "cuda":
+            raise InputError(f"dual_cross_attention: backend cuda {reason}")
+        chosen = "triton"
+    if chosen in ("cuda", "triton"):
+        kernel = cuda.kernel if chosen == "cuda" else _kernel
+        bias = None if text_bias is None else text_bias.contiguous()
+        out: Tensor = kernel(*(x.contiguous() for x in tensors), bias)
         return out
     return reference.dual_cross_attention(q, text_k, text_v, image_k, image_v, text_bias)
 
@@ -97,27 +111,38 @@ def padding_bias(real: int, length: int, device: torch.device) -> Tensor:
 
 
 def _case(
-    batch: int, length: int, heads: int, dim: int, text: int, image: int, bias: tuple[int, ...] | None
+    batch: int,
+    length: int,
+    heads: int,
+    dim: int,
+    text: int,
+    image: int,
+    bias: tuple[int, ...] | None,
+    visible: int = 512,
 ) -> Case:
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:
         def normal(tokens: int) -> Tensor:
             return torch.randn((batch, tokens, heads, dim), generator=generator, device=device).to(dtype)
 
-        return {
+        tensors = {
             "q": normal(length),
             "text_k": normal(text),
             "text_v": normal(text),
             "image_k": normal(image),
             "image_v": normal(image),
-            "text_bias": None if bias is None else torch.randn(bias, generator=generator, device=device),
         }
+        if bias is None:
+            return {**tensors, "text_bias": None}
+        added = torch.randn(bias, generator=generator, device=device)
+        added[..., visible:] = float("-inf")
+        return {**tensors, "text_bias": added}
 
-    return Case(f"{batch}x{length}x{heads}x{dim} text {text} image {image} bias {bias}", make)
+    return Case(f"{batch}x{length}x{heads}x{dim} text {min(text, visible)} image {image} bias {bias}", make)
 
 
 SPEC = OpSpec(
     "dual_cross_attention",
-    (TRITON_HEADS, TORCH),
+    (CUDA, TRITON_HEADS, TORCH),
     function=dual_cross_attention,
     reference=reference.dual_cross_attention,
     cases=(
@@ -128,7 +153,9 @@ SPEC = OpSpec(
         # Image keys that are held in shared memory, several heads a program; text beyond what is held.
         _case(2, 133, 2, 128, 33, 257, bias=(2, 33)),
         _case(1, 128, 1, 128, 120, 256, bias=None),
+        _case(1, 200, 3, 128, 64, 272, bias=(64,), visible=7),
+        _case(1, 200, 3, 128, 64, 260, bias=(1, 64), visible=60),
     ),
-    workload=_case(1, 12096, 40, 128, 21, 257, bias=(21,)),
+    workload=_case(1, 12096, 40, 128, 512, 257, bias=(512,), visible=33),
     gradients=("q", "text_k", "text_v", "image_k", "image_v", "text_bias"),
 )

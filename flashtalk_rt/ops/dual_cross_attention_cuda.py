@@ -1,0 +1,81 @@
+"""Cross-attention to text and image by the CUDA kernel of `csrc`, and by Triton's where the text is long."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .slice_conv import extension
+
+
+def misfit(
+    q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    text_bias: Tensor | None = None,
+) -> str | None:
+    """None if the kernel takes tensors of these sizes; else one line that says why not."""
+    from ..triton_kernels.resident_attention import RESIDENT
+
+    module = extension()
+    if isinstance(module, str):
+        return module
+    fewest, most = module.CROSS_IMAGE_KEYS
+    if not fewest <= image_k.shape[1] <= most:
+        return f"takes {fewest} to {most} image keys, not {image_k.shape[1]}"
+    if text_bias is None and text_k.shape[1] > module.CROSS_TEXT_KEYS:
+        return f"takes {module.CROSS_TEXT_KEYS} text keys without a bias, not {text_k.shape[1]}"
+    if q.shape[1] < RESIDENT.queries:
+        return f"takes {RESIDENT.queries} queries or more, not {q.shape[1]}"
+    return None
+
+
+@torch.library.custom_op("flashtalk_rt::dual_cross_attention_cuda", mutates_args=(), device_types="cuda")
+def kernel(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, text_bias: Tensor | None
+) -> Tensor:
+    """csrc/api/cross_attention.h, on contiguous tensors.
+
+    How much of the text is visible, only the device knows.  So Triton's kernel is launched behind it for the
+    batches that it leaves alone; where there are none, that one returns at once.
+    """
+    from ..triton_kernels import resident_attention as triton
+
+    module = extension()
+    if isinstance(module, str):
+        raise InputError(f"dual_cross_attention: {module}")
+    out = torch.empty_like(q)
+    if out.numel() == 0:
+        return out
+    batch, length, heads, _ = q.shape
+    tensors = q, text_k, text_v, image_k, image_v
+    with torch.cuda.device(q.device):
+        module.cross_attention(
+            **{
+                name: x.data_ptr()
+                for name, x in zip(("q", "text_k", "text_v", "image_k", "image_v"), tensors, strict=True)
+            },
+            text_bias=0 if text_bias is None else text_bias.data_ptr(),
+            out=out.data_ptr(),
+            batch=batch,
+            length=length,
+            text=text_k.shape[1],
+            image=image_k.shape[1],
+            heads=heads,
+            shared_bias=text_bias is not None and text_bias.ndim == 1,
+            device=q.device.index,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    if text_bias is not None and text_k.shape[1] > module.CROSS_TEXT_KEYS:
+        triton.launch((*tensors, text_bias, out), triton.RESIDENT, but_text=module.CROSS_TEXT_KEYS)
+    return out
+
+
+@kernel.register_fake
+def _(
+    q: Tensor, text_k: Tensor, text_v: Tensor, image_k: Tensor, image_v: Tensor, text_bias: Tensor | None
+) -> Tensor:
+    return torch.empty_like(q)
