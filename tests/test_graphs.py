@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashtalk_rt.errors import InputError
+from flashtalk_rt.graphs import capture
 from flashtalk_rt.graphs.buffers import Buffers, copy_tree, layout, map_tensors, tensors
 from flashtalk_rt.graphs.capture import Graphs
 
@@ -126,9 +127,9 @@ def test_capture_on_a_cpu_is_refused() -> None:
 
 
 def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls to torch.cuda, stood in for: warm up and capture on one side stream that waits for what came
-    before, one pool for all graphs, the generator made known to each outside inference mode, and no further
-    call of the callable."""
+    """The calls to torch.cuda, stood in for: what the side stream keeps is made first; warm up and capture on
+    it, after what came before, one pool for all graphs, the generator made known to each outside inference
+    mode, and no further call of the callable."""
     events: list[str] = []
     modes: list[bool] = []
     fake = mock.MagicMock()
@@ -143,12 +144,13 @@ def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: events.append(name))
+    monkeypatch.setattr(capture, "make_workspace", lambda stream: events.append("workspace"))
     graphs = Graphs(GPU, capture=True)
     with torch.inference_mode():
         replays = [graphs.add(lambda: events.append("work"), warm=warm) for warm in (True, False)]
-    capture = ["capture", "work", "end", "current waits"]
+    captured = ["capture", "work", "end", "current waits"]
     begin = ["empty_cache", "side waits"]
-    assert events == [*begin, "work", *capture, *begin, *capture]
+    assert events == ["workspace", *begin, "work", *captured, *begin, *captured]
     assert modes == [False, False]
     pools = {call.kwargs["pool"] for call in fake.graph.call_args_list}
     assert pools == {fake.graph_pool_handle.return_value} and fake.graph_pool_handle.call_count == 1
