@@ -53,9 +53,9 @@ __device__ __forceinline__ void walk(const Shape& shape, const float* text_bias,
 // an empty one, which the warps that read it complete: all eight for keys and values, four for queries.  The
 // values' full barrier is waited for by the warp that opens them, whose 32 lanes complete the open barrier.
 // Keys and values have a round a segment, in which each warpgroup waits for "full" or "open" and arrives at
-// "empty" once, also without a tile in it: so nobody is two rounds ahead.  The loading warp needs "empty" of a segment's
-// values only after its first queries, and of its keys before; the warpgroups complete both without a further
-// load.
+// "empty" once, also without a tile in it: so nobody is two rounds ahead.  The loading warp needs a segment's
+// keys to be empty before its first queries and the values after them; the warpgroups complete both without
+// what is loaded then.
 __device__ __forceinline__ void produce(const Memory& memory, const Maps& maps, const Shape& shape, const float* bias) {
     const bool loads = threadIdx.x == 0;
     QueryRing rings[kConsumers] = {{0}, {1}};
