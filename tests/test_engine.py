@@ -15,9 +15,10 @@ from plain_loop import Inputs, assert_equals_the_loop, image, plain_chunk, run_c
 from streams import CHUNK, frames_of, portrait, push, speech
 from torch import Tensor
 
+from flashtalk_rt import ops
 from flashtalk_rt.config import Precision
 from flashtalk_rt.errors import InputError
-from flashtalk_rt.graphs.buffers import tensors
+from flashtalk_rt.graphs.buffers import copy_tree, tensors
 from flashtalk_rt.modules.chunk import predict
 from flashtalk_rt.modules.vae import VAE
 from flashtalk_rt.runtime import Engine
@@ -47,8 +48,11 @@ def test_nothing_is_read_before_it_is_written() -> None:
     clean = run_chunk(engine, inputs, motion, windows, 0)
     frames = clean.frames.clone()
     assert engine._stages is not None
+    schedule = tensors(engine._stages._schedule)  # written once, when the stages are made
     with torch.inference_mode():
+        written = [tensor.clone() for tensor in schedule]
         engine._stages.buffers.poison()
+        copy_tree(schedule, written)
     again = dataclasses.replace(inputs.constants)  # equal values, but not the active session's
     inputs.constants = again
     poisoned = run_chunk(engine, inputs, motion, windows, 0)
@@ -131,6 +135,42 @@ def test_another_session_uses_the_same_stages_and_buffers() -> None:
     push(engine.session(portrait(1), prompt="another one", seed=7), speech(CHUNK, seed=1))
     assert engine._stages is stages
     assert before == {i: t.data_ptr() for i, t in enumerate(tensors(list(stages.buffers._buffers.values())))}
+
+
+def test_what_depends_on_the_noise_level_and_size_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running stream embeds no noise level and makes no rotary table; its chunks stay the plain loop's."""
+    engine = Engine(tiny.model(), steps=3, precision="bf16", height=16, width=32)
+    inputs = Inputs(engine)
+    motion, windows = inputs.constants.first_motion.float(), [inputs.windows() for _ in range(2)]
+    expected = [plain_chunk(engine, inputs.constants, motion, windows[i], inputs.noise(i)) for i in range(2)]
+    first = run_chunk(engine, inputs, motion, windows[0], 0)
+    assert torch.equal(first.latent, expected[0][0])
+
+    def again(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    dit = engine.model.dit
+    for name in ("time_embedding", "time_projection"):
+        monkeypatch.setattr(getattr(dit, name), "forward", again)
+    for name in ("positions", "modulations"):
+        monkeypatch.setattr(dit, name, again)
+    monkeypatch.setattr(ops, "rope_table", again)
+    second = run_chunk(engine, inputs, motion, windows[1], 1)
+    assert torch.equal(second.latent, expected[1][0]) and torch.equal(second.pixels, expected[1][3])
+    with pytest.raises(AssertionError, match="computed again"):
+        plain_chunk(engine, inputs.constants, motion, windows[1], inputs.noise(1))
+
+
+def test_the_steps_share_one_rotary_table() -> None:
+    engine = Engine(tiny.model(), steps=3, precision="fp32", height=16, width=16)
+    push(engine.session(portrait()), speech(CHUNK))
+    stages = engine._stages
+    assert stages is not None and len(stages._schedule) == 3
+    table = stages.buffers["positions"]
+    assert all(step.table is table for step in stages._schedule)
+    layers, dim = engine.model.dit.config.num_layers, engine.model.dit.config.dim
+    for step in stages._schedule:
+        assert sum(t.nbytes for t in tensors(step.modulations)) == (6 * layers + 2) * dim * 4
 
 
 def test_constants_of_another_shape_are_served_by_new_stages() -> None:

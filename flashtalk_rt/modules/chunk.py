@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import Sampler, StreamConfig
 from .dit import DiT
-from .dit_layers import KeysValues, LayerContext
+from .dit_layers import KeysValues, LayerContext, StepConstants
 from .schedule import Past, advance
 from .vae import VAE
 
@@ -49,10 +49,22 @@ def reference_latent(vae: VAE, image: Tensor, frames: int) -> Tensor:
     return torch.cat((mask, latent), dim=1)
 
 
-def predict(dit: DiT, latent: Tensor, t: float, reference: Reference, audio: Sequence[KeysValues]) -> Tensor:
+def dit_level(t: float, batch: int, device: torch.device) -> Tensor:
+    """Noise level t in [0, 1] as the DiT takes it: [batch] float32 in 0..1000."""
+    return torch.full((batch,), t * 1000, device=device)
+
+
+def predict(
+    dit: DiT,
+    latent: Tensor,
+    t: float,
+    reference: Reference,
+    audio: Sequence[KeysValues],
+    constants: StepConstants | None = None,
+) -> Tensor:
     """The velocity of `latent` [B, z, T, h, w] at noise level t in [0, 1], guided as the reference says; the
-    same shape."""
-    step = torch.full((latent.shape[0],), t * 1000, device=latent.device)
+    same shape.  `constants`: what `dit.step_constants` made of this level and size; None computes it now."""
+    step = dit_level(t, latent.shape[0], latent.device) if constants is None else constants
     velocity: Tensor = dit(latent, step, reference.y, reference.context, audio)
     if reference.unheard is None or t > reference.guided_below:
         return velocity

@@ -2,7 +2,8 @@
 
 Parameter names are the published checkpoint's.  What does not depend on the noisy latent (text,
 image and audio keys and values) is computed by `context` and `audio_context`, so that a caller
-computes it once a session or once a chunk instead of once a step.
+computes it once a session or once a chunk instead of once a step; what depends on the noise level and
+the size alone, by `step_constants`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from .dit_layers import (
     KeysValues,
     LayerContext,
     LayerNorm,
+    Modulations,
     Norm,
     SelfAttention,
+    StepConstants,
 )
 from .linear import Linear
 
@@ -72,15 +75,15 @@ class Block(nn.Module):
         audio: KeysValues,
         chunk_tokens: int | None,
     ) -> tuple[Tensor, Tensor | Quantized]:
-        """x [B, L, dim]; normed: x through the norm of the modulation [B, 6, dim] float32; after: the norm
-        that follows the block -> the new x, and it through `after`."""
+        """x [B, L, dim]; normed: x through the norm of the modulation [B, 6, dim] (see `Modulations`); after:
+        the norm that follows the block -> the new x, and it through `after`."""
         _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         y = self.self_attn(normed, table, chunk_tokens)
         x, normed = ops.residual_norm(x, y, gate1, self.norm3.weight, self.norm3.bias, self.eps, fp8=self.fp8)
         y = self.cross_attn(normed, context)
         x, heard = ops.residual_norm(x, y, None, self.norm_x.weight, self.norm_x.bias, self.eps)
         y = self.audio_cross_attn(heard, audio)
-        x, normed = ops.residual_norm(x, y, None, 1 + scale2, shift2, self.eps, fp8=self.fp8)
+        x, normed = ops.residual_norm(x, y, None, scale2, shift2, self.eps, fp8=self.fp8)
         return ops.residual_norm(
             x, self.ffn(normed), gate2, after.weight, after.bias, self.eps, fp8=after.fp8
         )
@@ -181,10 +184,32 @@ class DiT(nn.Module):
         tokens = self.audio_proj(audio.to(self.dtype))
         return [block.audio_cross_attn.context(tokens) for block in self._blocks()]
 
+    def positions(self, size: Sequence[int]) -> Tensor:
+        """The rotary table of a latent [T, H, W], H and W even: [T * H * W / 4, head_dim / 2, 2] float32."""
+        frames, height, width = (n // p for n, p in zip(size, self.PATCH, strict=True))
+        device = self.patch_embedding.weight.device
+        return ops.rope_table((frames, height, width), self.config.head_dim, device)
+
+    def modulations(self, t: Tensor) -> Modulations:
+        """Every layer's at noise level t [B] in 0..1000: 5 MB at the published size and B = 1."""
+        embedding = self.time_embedding(time_features(t, self.config.freq_dim).to(self.dtype))
+        time = self.time_projection(embedding).float().unflatten(1, (6, -1))
+        layers = []
+        for block in self._blocks():
+            shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation.float() + time).chunk(6, dim=1)
+            layers.append(torch.cat((shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2), dim=1))
+        shift, scale = (self.head.modulation.float() + embedding.float()[:, None]).chunk(2, dim=1)
+        return Modulations(layers, torch.cat((shift, 1 + scale), dim=1))
+
+    def step_constants(self, t: Tensor, size: Sequence[int]) -> StepConstants:
+        """What `forward` takes in the place of t [B], for latents [B, 16, *size], as long as no weight
+        changes."""
+        return StepConstants(self.positions(size), self.modulations(t))
+
     def forward(
         self,
         latent: Tensor,
-        t: Tensor,
+        t: Tensor | StepConstants,
         y: Tensor,
         context: Sequence[LayerContext],
         audio: Sequence[KeysValues],
@@ -192,33 +217,28 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Predict the velocity (noise - clean).
 
-        latent [B, 16, T, H, W] noisy, motion frames clean; t [B] in 0..1000; y [B, 20, T, H, W]
-        (mask and reference latent); `context` and `audio` from the methods of those names;
-        `chunk_frames`: latent frames a chunk, or None.  H and W even.  Returns [B, 16, T, H, W].
+        latent [B, 16, T, H, W] noisy, motion frames clean; t [B] in 0..1000, or what `step_constants` made of
+        it; y [B, 20, T, H, W] (mask and reference latent); `context` and `audio` from the methods of those
+        names; `chunk_frames`: latent frames a chunk, or None.  H and W even.  Returns [B, 16, T, H, W].
         """
+        step = self.step_constants(t, latent.shape[2:]) if isinstance(t, Tensor) else t
         x = self.patch_embedding(torch.cat((latent, y), dim=1).to(self.dtype))
         grid = (x.shape[2], x.shape[3], x.shape[4])
         # Under autocast the residual stream stays in the parameters' precision.
         x = x.flatten(2).transpose(1, 2).to(self.dtype)
-        # The table costs microseconds beside one block; holding it would be state to invalidate.
-        table = ops.rope_table(grid, self.config.head_dim, x.device)
-        embedding = self.time_embedding(time_features(t, self.config.freq_dim).to(self.dtype))
-        time = self.time_projection(embedding).float().unflatten(1, (6, -1))
         chunk_tokens = None if chunk_frames is None else chunk_frames * grid[1] * grid[2]
-        blocks = self._blocks()
-        modulations = [block.modulation.float() + time for block in blocks]
+        blocks, modulations = self._blocks(), step.modulations.layers
         norms = [
             Norm.modulated(modulation, block.fp8)
             for block, modulation in zip(blocks, modulations, strict=True)
         ]
-        last = self.head.modulation.float() + embedding.float()[:, None]
-        norms.append(Norm.modulated(last, fp8=False))
+        norms.append(Norm.modulated(step.modulations.head, fp8=False))
         first = norms[0]
         x, normed = ops.residual_norm(x, None, None, first.weight, first.bias, self.config.eps, fp8=first.fp8)
         for block, modulation, after, *layer in zip(
             blocks, modulations, norms[1:], context, audio, strict=True
         ):
-            x, normed = block(x, normed, modulation, after, table, *layer, chunk_tokens)
+            x, normed = block(x, normed, modulation, after, step.table, *layer, chunk_tokens)
         return self._unpatchify(self.head.head(normed), grid)
 
     def _blocks(self) -> list[Block]:

@@ -26,8 +26,22 @@ class Norm(NamedTuple):
 
     @classmethod
     def modulated(cls, modulation: Tensor, fp8: bool) -> Norm:
-        """From the first two vectors, shift and scale, of a modulation [B, 2 or 6, D] float32."""
-        return cls(1 + modulation[:, 1:2], modulation[:, 0:1], fp8)
+        """From the first two vectors, shift and 1 + scale, of a modulation [B, 2 or 6, D] float32."""
+        return cls(modulation[:, 1:2], modulation[:, 0:1], fp8)
+
+
+class Modulations(NamedTuple):
+    """What the noise level does to the norms and gates: constant over a denoising step."""
+
+    layers: list[Tensor]  # [B, 6, D] float32 a block: shift, 1 + scale and gate, for attention and the FFN
+    head: Tensor  # [B, 2, D] float32: shift and 1 + scale
+
+
+class StepConstants(NamedTuple):
+    """What of a denoising step depends on the noise level and the latent's size alone."""
+
+    table: Tensor  # [L, head_dim / 2, 2] float32: `DiT.positions`
+    modulations: Modulations
 
 
 @dataclasses.dataclass(frozen=True)

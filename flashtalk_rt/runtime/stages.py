@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..graphs.buffers import Buffers, copy_tree, layout
 from ..graphs.capture import Graphs, Work
-from ..modules.chunk import NoiseSource, Reference, predict
+from ..modules.chunk import NoiseSource, Reference, dit_level, predict
 from ..modules.color import ColorReference
+from ..modules.dit_layers import StepConstants
 from ..modules.model import Model
 from ..modules.schedule import Past, advance
 from ..modules.vae import Cache
@@ -84,6 +85,7 @@ class Stages:
         self.buffers = buffers = Buffers(device)
         self._constants = buffers.like("session", constants)
         self._active: Callable[[], Constants | None] = lambda: None  # whose values the buffers hold
+        self._schedule = self._make_schedule(times, latent_shape)
         self._windows = buffers.like("windows", windows)
         self._audio = buffers.like("audio", model.dit.audio_context(self._windows))
         self._noise = buffers.zeros("noise", latent_shape, torch.float32)
@@ -113,8 +115,10 @@ class Stages:
         )
         # Every step launches the same kernels on the same shapes.
         self._steps = [
-            graphs.add(functools.partial(self._step, before, t, s), warm=before is None)
-            for before, (t, s) in zip((None, *times), itertools.pairwise(times), strict=False)
+            graphs.add(functools.partial(self._step, before, t, s, constants), warm=before is None)
+            for before, (t, s), constants in zip(
+                (None, *times), itertools.pairwise(times), self._schedule, strict=False
+            )
         ]
         self._blocks = self._make_blocks(first, later)
         self._copies = Lane(device)
@@ -216,10 +220,11 @@ class Stages:
 
     # The stages' callables.  They read and write buffers, and nothing else.
 
-    def _step(self, before: float | None, t: float, s: float) -> None:
+    def _step(self, before: float | None, t: float, s: float, constants: StepConstants) -> None:
         """`before`: the noise level of the step before, None in the first."""
         sampler = self._model.stream.sampler
-        velocity = predict(self._model.dit, self._latent, t, self._constants.reference, self._audio)
+        reference = self._constants.reference
+        velocity = predict(self._model.dit, self._latent, t, reference, self._audio, constants)
         fresh = self._noise if sampler == "renoise" else None
         past = None if before is None or self._velocity is None else Past(self._velocity, before)
         self._latent.copy_(advance(sampler, self._latent, velocity, t, s, fresh, past))
@@ -234,6 +239,22 @@ class Stages:
         self._constants.color.match(decoded, (frames, pixels[None]))
 
     # Making them.
+
+    def _make_schedule(self, times: Sequence[float], latent_shape: Sequence[int]) -> list[StepConstants]:
+        """What every step needs of its noise level and the size, computed now, once for all chunks: 5 MB a
+        step at the published size.  Nothing writes it again; the weights must not change either."""
+        dit, buffers = self._model.dit, self.buffers
+        batch, _, *size = latent_shape
+        table = dit.positions(size)
+        shared = buffers.like("positions", table)  # one for all steps: 6 MB at 768 x 448
+        copy_tree(shared, table)
+        schedule = []
+        for i, t in enumerate(times[:-1]):
+            made = dit.modulations(dit_level(t, batch, buffers.device))
+            kept = buffers.like(f"modulations.{i}", made)
+            copy_tree(kept, made)
+            schedule.append(StepConstants(shared, kept))
+        return schedule
 
     def _decoding_buffers(self) -> tuple[Tensor, Tensor]:
         """For the frames of the first latent frame and of a later one."""
