@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .slice_conv import extension
+
+
+class Limits(NamedTuple):
+    """What the kernel takes."""
+
+    fewest_image: int  # keys
+    most_image: int
+    text: int  # keys, visible ones where there is a bias
+    fewest_queries: int  # Triton's, which is launched behind it
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def limits() -> tuple[int, ...] | str:
+    """`Limits` as torch.compile takes a constant; a string says why there is no kernel."""
+    from ..triton_kernels.resident_attention import RESIDENT
+
+    module = extension()
+    if isinstance(module, str):
+        return module
+    return (*module.CROSS_IMAGE_KEYS, module.CROSS_TEXT_KEYS, RESIDENT.queries)
 
 
 def misfit(
@@ -18,18 +40,16 @@ def misfit(
     text_bias: Tensor | None = None,
 ) -> str | None:
     """None if the kernel takes tensors of these sizes; else one line that says why not."""
-    from ..triton_kernels.resident_attention import RESIDENT
-
-    module = extension()
-    if isinstance(module, str):
-        return module
-    fewest, most = module.CROSS_IMAGE_KEYS
-    if not fewest <= image_k.shape[1] <= most:
-        return f"takes {fewest} to {most} image keys, not {image_k.shape[1]}"
-    if text_bias is None and text_k.shape[1] > module.CROSS_TEXT_KEYS:
-        return f"takes {module.CROSS_TEXT_KEYS} text keys without a bias, not {text_k.shape[1]}"
-    if q.shape[1] < RESIDENT.queries:
-        return f"takes {RESIDENT.queries} queries or more, not {q.shape[1]}"
+    found = limits()
+    if isinstance(found, str):
+        return found
+    takes = Limits(*found)
+    if not takes.fewest_image <= image_k.shape[1] <= takes.most_image:
+        return f"takes {takes.fewest_image} to {takes.most_image} image keys, not {image_k.shape[1]}"
+    if text_bias is None and text_k.shape[1] > takes.text:
+        return f"takes {takes.text} text keys without a bias, not {text_k.shape[1]}"
+    if q.shape[1] < takes.fewest_queries:
+        return f"takes {takes.fewest_queries} queries or more, not {q.shape[1]}"
     return None
 
 
