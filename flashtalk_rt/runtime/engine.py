@@ -34,16 +34,17 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 def vae_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """What the VAE computes in: float16 on a GPU where the rest is bfloat16, at the same speed.
+    """What the VAE computes in where the rest is bfloat16: float16 on a GPU, at the same speed; float32 on a
+    CPU, of which most emulate bfloat16's convolutions, ten times slower.
 
-    What a stream decodes it encodes again, so the VAE's rounding grows from chunk to chunk.  On a CPU the
-    golden loop's third chunk is off by 5.7e-2 with a bfloat16 VAE and by 1.7e-2 with a float16 one
-    (profiles/results/golden-bf16-cpu.json); its bound is 2e-2.  float16's range (65,504) is not shown to
-    hold for the published weights, which we do not have; Wan2GP runs this VAE so by default.
+    What a stream decodes it encodes again, so the VAE's rounding grows from chunk to chunk: with a bfloat16
+    VAE the golden loop's third chunk is off by 5.7e-2, with a float16 one by 1.7e-2; its bound is 2e-2.
+    float16's range (65,504) is not shown to hold for the published weights, which we do not have; Wan2GP runs
+    this VAE so by default.
     """
-    if device.type == "cuda" and precision != "fp32":
-        return torch.float16
-    return DTYPES[precision]
+    if precision == "fp32" or device.type != "cuda":
+        return torch.float32
+    return torch.float16
 
 
 MAX_SEED = 2**63 - 1
