@@ -6,6 +6,7 @@ What needs no network runs as a real process; the rest calls `main`, which is al
 from __future__ import annotations
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -85,6 +86,22 @@ def test_the_embedded_model_says_that_it_is_a_toy(
     plain, prompted = [line for line in capfd.readouterr().out.splitlines() if line.startswith("embedded")]
     assert "toy" in plain and "ignored" not in plain
     assert "toy" in prompted and "--prompt is ignored" in prompted
+
+
+def test_a_terminal_shows_progress_with_speed_and_time_left(shared: Path, tmp_path: Path) -> None:
+    ours, terminal = pty.openpty()
+    command = [sys.executable, "-m", "flashtalk_rt", *arguments(shared, tmp_path / "out.mp4")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        seen = b""
+        while True:
+            try:
+                seen += os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+    os.close(ours)
+    assert process.returncode == 0
+    assert re.search(rb"\d+/75 [\d.]+ frames/s \d:\d\d:\d\d", re.sub(rb"\x1b\[[\d;?]*[a-zA-Z]", b"", seen))
 
 
 @pytest.mark.parametrize("closed", [True, False])

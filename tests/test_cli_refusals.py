@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from command import ROOT, arguments, one_error, run, write_inputs
 from media_files import RATE, tone, write_broken_mp3, write_wav
@@ -239,6 +240,14 @@ def test_a_picture_from_another_world_is_refused(
     code = main(arguments(shared, tmp_path / "a.mp4"))
     assert "--checkpoint" in one_error(code, capfd.readouterr().err)
     assert not (tmp_path / "a.mp4").exists()
+
+
+def test_the_embedded_model_refuses_a_photograph(shared: Path, tmp_path: Path) -> None:
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "photograph.jpg")
+    image, out = tmp_path / "photograph.jpg", tmp_path / "a.mp4"
+    code, _, err = run(arguments(shared, out, image=image, checkpoint="embedded"))
+    assert "--checkpoint" in one_error(code, err)
+    assert not out.exists()
 
 
 def checkpoint_case(kind: str, shared: Path, folder: Path) -> Path:

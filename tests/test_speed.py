@@ -14,11 +14,12 @@ import pytest
 ASSETS = Path(__file__).parents[1] / "flashtalk_rt" / "assets"
 
 
-@pytest.mark.parametrize(("steps", "limit_s"), [(4, 3.0), (8, 6.0), (24, 6.0)])
+@pytest.mark.parametrize(("steps", "limit_s"), [(4, 3.0), (8, 3.0), (24, 6.0)])
 def test_generate_keeps_its_budget(
     steps: int, limit_s: float, tmp_path: Path, figures: dict[str, Any]
 ) -> None:
-    """4 steps is the few-step setting, 24 the quality setting; the default, 8, lies between."""
+    """8 steps, the default, are the few-step setting and 24 the quality setting; 4 are what a distilled model
+    will take."""
     ran = subprocess.run(
         [
             *(sys.executable, "-m", "flashtalk_rt", "generate"),

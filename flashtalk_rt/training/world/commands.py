@@ -1,8 +1,9 @@
-"""`flashtalk train world-*`: the commands that make the embedded model, each resumable.
+"""`flashtalk train world-*`: the commands that make the embedded model.
 
 They share one run folder: `world-vae` writes vae.safetensors there, `world-probe` probe.safetensors,
 `world-base` base.safetensors, `world-stage1` stage1.safetensors, each with a log-*.json beside it.
-Run a command again with the same folder and it goes on where it stopped.
+Run a command again with the same folder and it goes on where it stopped; `world-probe`, a minute or two on a
+GPU, begins anew.
 """
 
 from __future__ import annotations

@@ -20,12 +20,19 @@ from .probe import random_sample
 PORTRAIT_MARGIN_DB = 3.0
 COLUMNS = {
     "lip_sync_r": "lip sync r (lag 0)",
+    "lip_sync_r_ci_low": "from",
+    "lip_sync_r_ci_high": "to",
+    "lip_sync_r_worst": "worst clip",
+    "cavity_r": "r by colour, no network",
     "lag_within_1": "clips with best lag within 1 frame",
     "shuffled_r": "r to another clip's speech",
     "pose_variance_ratio": "pose variance / truth",
     "blink_variance_ratio": "blink variance / truth",
+    "gaze_variance_ratio": "gaze variance / truth",
+    "mouth_variance_ratio": "mouth variance / truth",
     "identity_error": "identity error",
     "identity_drift": "identity drift",
+    "identity_slope_per_chunk": "identity error's slope a chunk",
     "residual_psnr_db": "residual PSNR, dB",
     "collapsed": "collapsed clips",
     "boundary_ratio": "motion at joins / elsewhere",
@@ -83,6 +90,10 @@ def export_model(run: Path, out: Path) -> None:
     (out / "MODEL_CARD.md").write_text(card(logs, evaluation, model, history))
 
 
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+
+
 def card(logs: dict[str, dict[str, Any]], evaluation: dict[str, Any], model: Model, notes: str) -> str:
     """The model card: what it is, how it was trained, and every metric with its control rows.
 
@@ -101,7 +112,7 @@ def card(logs: dict[str, dict[str, Any]], evaluation: dict[str, Any], model: Mod
             f"{seconds:.0f} | {last['loss']:.4f} | {log.get('source') or '-'} |"
         )
     rows = [
-        f"| {name} | " + " | ".join("-" if row[key] is None else f"{row[key]:.3f}" for key in COLUMNS) + " |"
+        f"| {name} | " + " | ".join(number(row[key]) for key in COLUMNS) + " |"
         for name, row in evaluation["rows"].items()
     ]
     probe = logs["probe"]["held_out_r2"]
@@ -133,6 +144,8 @@ def card(logs: dict[str, dict[str, Any]], evaluation: dict[str, Any], model: Mod
             f"reconstructions only) reads held-out renders with R2 {probe['mouth_open']:.3f} for the mouth's "
             f"opening and {probe['identity_mean']:.3f} for identity; its opening correlates with the "
             f"cavity's measured height at r = {probe['mouth_open_cavity_r']:.3f}.",
+            "",
+            "Lip sync r is a mean over clips, with its 95 % bootstrap interval; the other columns have none.",
             "",
             "| row | " + " | ".join(COLUMNS.values()) + " |",
             "|---" * (len(COLUMNS) + 1) + "|",
