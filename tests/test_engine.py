@@ -22,7 +22,7 @@ from flashtalk_rt.graphs.buffers import copy_tree, tensors
 from flashtalk_rt.modules.chunk import predict
 from flashtalk_rt.modules.vae import VAE
 from flashtalk_rt.runtime import Engine
-from flashtalk_rt.runtime.engine import vae_dtype
+from flashtalk_rt.runtime.engine import DTYPES, vae_dtype
 
 # --- the same numbers ------------------------------------------------------------------------------
 
@@ -116,11 +116,21 @@ def test_a_guided_engine_equals_the_loop() -> None:
         ("fp32", "cuda", torch.float32),
         ("bf16", "cuda", torch.float16),
         ("fp8", "cuda", torch.float16),
-        ("bf16", "cpu", torch.bfloat16),
+        ("bf16", "cpu", torch.float32),
+        ("fp8", "cpu", torch.float32),
     ],
 )
 def test_what_the_vae_computes_in(precision: Precision, device: str, dtype: torch.dtype) -> None:
     assert vae_dtype(precision, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_the_default_where_the_machine_computes_it(
+    native: bool, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    engine = Engine(tiny.model(), height=16, width=16)
+    assert engine.precision == precision and engine.model.dit.dtype == DTYPES[precision]
 
 
 # --- prepared once ---------------------------------------------------------------------------------

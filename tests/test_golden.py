@@ -220,10 +220,10 @@ def test_float32_on_cpu(name: str) -> None:
     check(name, "cpu", torch.float32, bound_of(name))
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", cases())
-def test_bf16_on_gpu(name: str) -> None:
-    check(name, "cuda", torch.bfloat16, BF16_BOUND)
+def test_bf16(name: str, device: str) -> None:
+    check(name, device, torch.bfloat16, BF16_BOUND)
 
 
 @pytest.mark.gpu
