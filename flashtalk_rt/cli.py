@@ -229,6 +229,7 @@ def generate(
     model = load(checkpoint, device, None if chosen is None else dtype_of(chosen))
     engine = Engine(model, steps, chosen, height, width)
     session = engine.session(portrait, DEFAULT_PROMPT if prompt is None else prompt, seed)
+    model.release_encoders()  # this is the only session
     stream = model.stream
     comment = f"{model.label + ': ' if model.label else ''}AI-generated video, flashtalk {__version__}"
     writer = VideoWriter(out, engine.height, engine.width, stream.fps, stream.sample_rate_hz, comment)

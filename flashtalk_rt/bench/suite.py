@@ -86,10 +86,10 @@ def measure(
     """Run the whole suite and return its result (`profiles.record.check_latency`), with p95, errors and ops
     beside what that asks for.
 
-    The model is converted to `precision`.  Pass one `baselines` to several runs, so that nothing is measured
-    twice.  plain: with the plain path; else `reference` holds nothing but null.  `repeat` makes the chunks
-    that are timed.  Raises FlashTalkError where a result is wrong, InputError for a setting that the engine
-    refuses.
+    The model is converted to `precision` and its text and image encoders are released.  Pass one
+    `baselines` to several runs, so that nothing is measured twice.  plain: with the plain path; else
+    `reference` holds nothing but null.  `repeat` makes the chunks that are timed.  Raises FlashTalkError
+    where a result is wrong, InputError for a setting that the engine refuses.
     """
     baselines = baselines or Baselines()
     plan = baselines.plan
@@ -102,6 +102,7 @@ def measure(
     forget_peak_memory(device)
     begin = time.perf_counter()
     chunks = Stream(engine)
+    model.release_encoders()
     chunks.next_chunk()
     first_ms = (time.perf_counter() - begin) * 1e3
     first_peak_gb = peak_memory_gb(device)

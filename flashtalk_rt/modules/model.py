@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,16 @@ class TextEncoder(Protocol):
         ...
 
 
+class Released:
+    """In the place of an encoder that was released: calling it raises InputError."""
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise InputError(
+            "the model's text and image encoders were released, so no other session can start; "
+            "load the model again, or release them after the last session has started"
+        )
+
+
 @dataclasses.dataclass
 class Model:
     """What `flashtalk_rt.load` returns.
@@ -65,6 +75,12 @@ class Model:
         """The parts that are torch modules with weights."""
         parts = (self.dit, self.vae, self.audio_encoder, self.image_encoder, self.text_encoder)
         return [p for p in parts if isinstance(p, nn.Module)]
+
+    def release_encoders(self) -> None:
+        """Let go of the text and image encoders, 14 GB of the published weights, which only the start of a
+        session needs: sessions that have started go on, another raises InputError.  torch has their memory
+        back, for whatever it allocates next."""
+        self.text_encoder = self.image_encoder = Released()
 
     def check_portrait(self, image: Tensor) -> None:
         """Raise InputError for a picture outside the model's world.  image [1, 3, 1, H, W] in [-1, 1],

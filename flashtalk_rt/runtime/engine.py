@@ -120,7 +120,7 @@ class Engine:
     def session(self, image: Picture, prompt: str = "", seed: int = 0) -> Session:
         """Start a stream.  image: a path, a Pillow image or a uint8 array [H, W, 3], scaled to cover
         the engine's size and cropped.  seed: 0 to 2**63 - 1.  Raises InputError for a picture this model
-        cannot use, another seed, and after `close`."""
+        cannot use, another seed, after `close`, and after the model's encoders were released."""
         self._check_open()
         seed = whole_number(seed, "seed")
         if not 0 <= seed <= MAX_SEED:
