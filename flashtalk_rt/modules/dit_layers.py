@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import DiTConfig
 from ..ops import Quantized
+from ..profiles import nvtx
 from .linear import Fused, Linear
 
 KeysValues = tuple[Tensor, Tensor]
@@ -89,6 +90,7 @@ class SelfAttention(nn.Module):
         if self._fused is None or not self._fused.holds(self.q):
             self._fused = Fused(self.q, self.k, self.v)
 
+    @nvtx.range("dit/self_attention")
     def forward(self, x: Tensor | Quantized, table: Tensor, chunk_tokens: int | None) -> Tensor:
         """x [B, L, dim], table [L, D / 2, 2] from `ops.rope_table`, chunk_tokens as in `ops.chunk_attention`
         -> [B, L, dim]."""
@@ -119,6 +121,7 @@ class CrossAttention(nn.Module):
             text_bias,
         )
 
+    @nvtx.range("dit/cross_attention")
     def forward(self, x: Tensor | Quantized, context: LayerContext) -> Tensor:
         """x [B, L, dim] -> [B, L, dim]."""
         q = ops.qk_norm_rope(self.q(x), self.norm_q.weight, None, self.num_heads, self.eps)
@@ -140,6 +143,7 @@ class AudioCrossAttention(nn.Module):
         k, v = self.kv_linear(audio).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         return k.contiguous(), v.contiguous()  # once, not in every step
 
+    @nvtx.range("dit/audio_cross_attention")
     def forward(self, x: Tensor, audio: KeysValues) -> Tensor:
         """x [B, T S, dim], S tokens a latent frame; audio from `context` -> [B, T S, dim]."""
         if x.is_cuda and not torch.is_grad_enabled() and not ops.plainly():
@@ -161,6 +165,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__(Linear(dim, hidden), nn.GELU(approximate="tanh"), Linear(hidden, dim))
 
+    @nvtx.range("dit/ffn")
     def forward(self, x: Tensor | Quantized) -> Tensor:
         up, _, down = self
         assert isinstance(up, Linear)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import VAEConfig
+from ..profiles import nvtx
 from .vae_layers import (
     Cache,
     CacheCursor,
@@ -76,6 +77,10 @@ class Encoder(nn.Module):
         stream: Tensor | Sum = self.conv1(with_past(x, cursor))
         for layers in (self.downsamples, self.middle):
             stream = run(layers, stream, cursor)
+        return self._moments(stream, cursor)
+
+    @nvtx.range("vae/head")
+    def _moments(self, stream: Tensor | Sum, cursor: CacheCursor) -> Tensor:
         norm, _, conv = cast(_Head, tuple(self.head))
         y = ops.norm_silu(added(stream), norm.gamma.flatten(), cursor.take())
         cursor.put(y[:, :, -2:])
@@ -110,6 +115,10 @@ class Decoder(nn.Module):
         stream: Tensor | Sum = self.conv1(with_past(x, cursor))
         for layers in (self.middle, self.upsamples):
             stream = run(layers, stream, cursor)
+        return self._frames(stream, cursor, clamp)
+
+    @nvtx.range("vae/head")
+    def _frames(self, stream: Tensor | Sum, cursor: CacheCursor, clamp: bool) -> Tensor:
         y, bias, shortcut = stream if isinstance(stream, Sum) else (stream, None, None)
         norm, _, conv = cast(_Head, tuple(self.head))
         past, room = cursor.take(), cursor.room(0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..profiles import nvtx
 
 Cache = list[Tensor | None]
 
@@ -171,6 +172,7 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
+    @nvtx.range("vae/residual_block")
     def forward(self, stream: Tensor | Sum, cursor: CacheCursor) -> Tensor | Sum:
         """[B, in, T, H, W] -> [B, out, T, H, W], each whole or as the sum that it is."""
         norm1, _, conv1, norm2, _, _, conv2 = cast(_Residual, tuple(self.residual))
@@ -200,6 +202,7 @@ class SpatialAttention(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
+    @nvtx.range("vae/attention")
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> the same shape."""
         # On NDHWC activations a frame's pixels are rows already, and a 1x1 convolution is a linear layer.
@@ -229,6 +232,7 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         self.time_conv = Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
+    @nvtx.range("vae/downsample")
     def forward(self, x: Tensor, cursor: CacheCursor) -> Tensor:
         x = per_frame(self.resample, x)
         if self.time_conv is None:
@@ -267,6 +271,7 @@ class Upsample(nn.Module):
     def _conv(self) -> nn.Conv2d:
         return cast(nn.Conv2d, self.resample[1])
 
+    @nvtx.range("vae/upsample")
     def forward(self, x: Tensor, cursor: CacheCursor) -> Tensor:
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, cursor)

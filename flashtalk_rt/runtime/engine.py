@@ -20,6 +20,7 @@ from ..modules.image import Picture, load_image
 from ..modules.model import Model
 from ..modules.precision import native_bf16
 from ..modules.schedule import timesteps
+from ..profiles import nvtx
 from .lane import Lane
 from .session import Session
 from .stages import Constants, Generated, Stages
@@ -129,8 +130,11 @@ class Engine:
         with torch.inference_mode():
             stream = self.model.stream
             self.model.check_portrait(load_image(image, stream.height, stream.width).to(self.device))
-            text = self.model.text_encoder(prompt)[None].to(self.device)
-            constants = self.constants(pixels, text, self.model.image_encoder(pixels))
+            with nvtx.range("encoder/text"):
+                text = self.model.text_encoder(prompt)[None].to(self.device)
+            with nvtx.range("encoder/image"):
+                features = self.model.image_encoder(pixels)
+            constants = self.constants(pixels, text, features)
         return Session(self, constants, seed)
 
     @torch.inference_mode()
@@ -149,7 +153,8 @@ class Engine:
         """The ring's samples [N] -> the chunk's windows [1, frames, window, blocks, dim]."""
         stream = self.model.stream
         loud = normalize_loudness(ring, stream.sample_rate_hz, stream.loudness_lufs)
-        features = self.model.audio_encoder(loud, ring.numel() // stream.samples_per_frame)
+        with nvtx.range("encoder/audio"):
+            features = self.model.audio_encoder(loud, ring.numel() // stream.samples_per_frame)
         return audio_windows(features, stream.frames, self.model.dit.config.audio_window)
 
     @torch.inference_mode()
