@@ -52,11 +52,15 @@ class Budgets:
     height: int  # pixels
     width: int
     budgets: tuple[Budget, ...]
+    ops: Mapping[str, float] = dataclasses.field(default_factory=dict)  # op -> ms of the call that is timed
+
+    def _hold(self, record: Mapping[str, Any]) -> bool:
+        return all(record[name] == getattr(self, name) for name in ("gpus", "height", "width"))
 
     def of(self, record: Mapping[str, Any]) -> dict[str, Budget]:
         """Figure -> the budget that holds for a result's size, GPUs, precision and steps; without the
         figures that have none."""
-        if any(record[name] != getattr(self, name) for name in ("gpus", "height", "width")):
+        if not self._hold(record):
             return {}
         return {
             budget.figure: budget
@@ -64,14 +68,24 @@ class Budgets:
             if budget.precision in (None, record["precision"]) and budget.steps in (None, record["steps"])
         }
 
+    def of_ops(self, record: Mapping[str, Any]) -> dict[str, Budget]:
+        """Op -> the budget of its milliseconds, under the name that they have in the result; as `of`."""
+        if not self._hold(record):
+            return {}
+        return {op: Budget(f"ops.{op}.ms", target_ms) for op, target_ms in self.ops.items()}
+
     def check(self, record: Mapping[str, Any]) -> None:
-        """Raise BudgetError, naming every figure of a latency result over its budget."""
+        """Raise BudgetError, naming every figure and op of a latency result over its budget."""
         found = [
             line
             for figure, budget in self.of(record).items()
             if figure in record["figures"]
             for line in budget.breaches(record["figures"][figure], record["floors"].get(figure))
         ]
+        rows = record.get("ops", {})  # a result may do without
+        for op, budget in self.of_ops(record).items():
+            if op in rows:
+                found += budget.breaches(rows[op]["ms"], None)
         if found:
             raise BudgetError(f"over budget on {self.device}: {'; '.join(found)}")
 
@@ -91,6 +105,7 @@ def load_budgets(device: str) -> Budgets | None:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         budgets = tuple(Budget(**entry) for entry in data.pop("budget"))
-        return Budgets(**data, budgets=budgets)
-    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        ops = {op: float(target_ms) for op, target_ms in data.pop("ops", {}).items()}
+        return Budgets(**data, budgets=budgets, ops=ops)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"budgets {path}: {error}") from error

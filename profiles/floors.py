@@ -21,6 +21,7 @@ from .work import Attention, Convolution, Gemm, Work
 
 FP8 = torch.float8_e4m3fn
 COPY_BYTES = 1 << 30
+PRODUCT_SIZE = 8192  # a side of the square matrices whose product's rate is taken
 SETTLE_MS = 200.0  # as in a stream, where a chunk follows a chunk
 _FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -185,3 +186,11 @@ def copy_bytes_per_s(device: torch.device, repeats: int, size_bytes: int = COPY_
         * size_bytes
         / (measure(target.copy_, device, [(source,)], repeats, settle_ms=SETTLE_MS).median_ms / 1e3)
     )
+
+
+def product_flop_per_s(
+    device: torch.device, dtype: torch.dtype, repeats: int, size: int = PRODUCT_SIZE
+) -> float:
+    """Operations a second of the product of two large square matrices; dtype as in `gemm_ms`."""
+    gemm = Gemm(size, size, size)
+    return gemm.flop / (gemm_ms(gemm, device, dtype, repeats) / 1e3)

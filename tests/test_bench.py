@@ -31,7 +31,15 @@ from flashtalk_rt.profiles.record import check_latency, read_latency, write_resu
 from flashtalk_rt.runtime import Engine
 
 CPU = torch.device("cpu")
-PLAN = bench.Plan(chunks=3, repeats=1, compiler="eager", workloads=False, copy_bytes=1 << 16)
+PLAN = bench.Plan(
+    chunks=3,
+    repeats=1,
+    op_repeats=1,
+    compiler="eager",
+    workloads=False,
+    copy_bytes=1 << 16,
+    product_size=64,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +83,7 @@ def test_a_run_gives_a_valid_result(measured: tuple[Any, ...], tmp_path: Path) -
     assert all(
         row["ms"] > 0 and row["floor_ms"] > 0 and row["reference_ms"] > 0 for row in record["ops"].values()
     )
+    assert record["copy_tb_per_s"] > 0 and set(record["product_tflop_per_s"]) == {"float32", "float8_e4m3fn"}
     path = tmp_path / "result.json"
     write_result(path, record)
     assert read_latency(path) == record
@@ -90,6 +99,7 @@ def test_the_table_shows_budgets_or_why_none_hold(measured: tuple[Any, ...]) -> 
     one = (Budget("dit_step_ms", target=12345.0, stretch=1234.0, published=54321.0),)
     text = shown(bench.table(record, Budgets(record["device"], 0, 32, 48, one)))
     assert "12,345" in text and "1,234" in text and "54,321" in text and "no budgets" not in text
+    assert "7,654" in shown(bench.table(record, Budgets(record["device"], 0, 32, 48, one, {"adaln": 7654.0})))
     assert "no budgets for this size" in shown(bench.table(record, Budgets("it", 1, 768, 448, one)))
 
 

@@ -13,10 +13,10 @@ import torch
 
 from flashtalk_rt import ops
 from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
-from flashtalk_rt.errors import FlashTalkError, InputError, OutputError
+from flashtalk_rt.errors import InputError, OutputError
 from flashtalk_rt.modules.vae import VAE
 from flashtalk_rt.profiles import budgets as budgets_module
-from flashtalk_rt.profiles import floors, record, timing, work
+from flashtalk_rt.profiles import record, timing, work
 from flashtalk_rt.profiles.budgets import Budget, BudgetError, Budgets, load_budgets
 from flashtalk_rt.profiles.record import FIGURES, check_latency, read_latency, write_result
 
@@ -110,6 +110,32 @@ def test_every_breach_is_named() -> None:
     assert "color_ms" in str(error.value) and "vae_decode_ms" in str(error.value)
 
 
+def with_op(name: str, ms: float, **changes: Any) -> dict[str, Any]:
+    return result(ops={name: {"ms": ms, "p95_ms": ms, "floor_ms": ms}}, **changes)
+
+
+@pytest.mark.parametrize(
+    ("op", "ms", "budget"),
+    [
+        ("chunk_attention", 4.71, "4.7"),
+        ("dual_cross_attention", 0.201, "0.2"),
+        ("adaln", float("nan"), "0.101"),
+    ],
+)
+def test_a_breach_of_an_op_names_it(op: str, ms: float, budget: str) -> None:
+    for precision in ("bf16", "fp8"):
+        with pytest.raises(BudgetError, match=rf"ops\.{op}\.ms is {ms:.6g}, its budget {budget}$"):
+            h100().check(with_op(op, ms, precision=precision))
+    h100().check(with_op(op, 0.09))
+    h100().check(with_op(op, ms, height=720, width=416))
+    h100().check(with_op("an_op_without_a_budget", 1e6))
+
+
+def test_every_op_that_is_timed_has_a_budget() -> None:
+    assert set(h100().ops) == {spec.name for spec in ops.REGISTRY if spec.workload is not None}
+    assert all(ms > 0 for ms in h100().ops.values())
+
+
 @pytest.mark.parametrize("changes", [{"gpus": 2}, {"height": 720}, {"width": 416}], ids=str)
 def test_another_size_or_number_of_gpus_has_no_budgets(changes: dict[str, Any]) -> None:
     assert h100().of(result(**changes)) == {}
@@ -135,6 +161,9 @@ def test_a_device_without_a_file_has_none() -> None:
         'device = "x"\ngpus = 1\nheight = 1\nwidth = 1\n[[budget]]\nfigure = "a"',
         'device = "x"\ngpus = 1\nheight = 1\nwidth = 1\n[[budget]]\nfigure = "a"\ntarget = 1\nspeed = 2',
         "[[budget]]\nfigure = 'a'\ntarget = 1",
+        'device = "x"\ngpus = 1\nheight = 1\nwidth = 1\nbudget = []\nops = 1',
+        'device = "x"\ngpus = 1\nheight = 1\nwidth = 1\nbudget = []\n[ops]\nadaln = "fast"',
+        'device = "x"\ngpus = 1\nheight = 1\nwidth = 1\nbudget = []\n[ops]\nadaln = [1]',
     ],
 )
 def test_a_bad_file_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,41 +376,3 @@ def test_measure_calls_in_turn_and_does_not_count_the_warm_up() -> None:
     made = timing.measure(calls.append, CPU, [(1,), (2,), (3,)], repeats=4, warm_ups=2)
     assert calls == [1, 2, 3, 1, 2, 3] and len(made.samples_ms) == 4
     assert timing.rotation(lambda: 7, 1, CPU) == [7]
-
-
-def test_floors_sum_over_what_is_counted() -> None:
-    items: list[work.Work] = [
-        work.Gemm(32, 16, 48),
-        work.Gemm(32, 16, 48, batch=3),
-        work.Attention(2, 16, 8, 24),
-        work.Convolution(3, 5, (3, 3, 3), 2, 8, 8),
-        work.Convolution(4, 4, (1, 3, 3), 1, 8, 8, stride=(1, 2, 2)),
-        work.Convolution(4, 4, (1, 2, 2), 1, 8, 8),
-    ]
-    once = floors.floor_ms(items, CPU, torch.float32, torch.float32, repeats=3)
-    many = floors.floor_ms(items * 50, CPU, torch.float32, torch.float32, repeats=3)
-    assert 0 < once < many
-    assert floors.floor_ms([items[0]], CPU, torch.float32, floors.FP8, repeats=1) > 0
-    assert floors.copy_bytes_per_s(CPU, 2, 1 << 16) > 0
-
-
-def test_a_floor_is_the_fastest_convolution_there_is() -> None:
-    called = []
-
-    def refuses(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        called.append(tuple(x.shape[1:]))
-        raise FlashTalkError("it cannot")
-
-    def instant(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x
-
-    item = work.Convolution(16, 16, (3, 3, 3), 4, 64, 64)
-    plain = floors.convolution_ms(item, CPU, torch.float32, 3, (refuses,))
-    assert called == [(16, 6, 64, 64)], "the temporal context is in the input"
-    assert floors.convolution_ms(item, CPU, torch.float32, 3, (refuses, instant)) < plain / 2
-    for other in (
-        work.Convolution(4, 4, (1, 3, 3), 1, 8, 8, stride=(1, 2, 2)),
-        work.Convolution(4, 4, (1, 2, 2), 1, 8, 8),
-    ):
-        floors.convolution_ms(other, CPU, torch.float32, 1, (refuses,))
-    assert len(called) == 2, "a picture that changes its size is not for them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -29,10 +30,21 @@ class Plan:
     """How thoroughly to measure."""
 
     chunks: int = 5
-    repeats: int = 8  # of a floor, an op or a stage of the plain path
+    repeats: int = 8  # of a floor, or of a stage or an op of the plain path
+    op_repeats: int = 20  # of an op: the fewest whose p95 is not simply the largest
     compiler: str = "inductor"  # torch.compile's backend for the plain path
     workloads: bool = True  # time ops on the 14B model's calls; else on a small case
-    copy_bytes: int = 1 << 30  # of the copy whose rate is the floor of what only moves data
+    copy_bytes: int = floors.COPY_BYTES  # of the copy whose rate is the floor of what only moves data
+    product_size: int = floors.PRODUCT_SIZE  # of the product whose rate is the floor of what multiplies
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What the device does at most, as measured: the floors of single ops."""
+
+    copy_bytes_per_s: float  # read and written
+    flop_per_s: float  # of a large product
+    fp8_flop_per_s: float  # of one of float8 operands
 
 
 class Baselines:
@@ -56,8 +68,17 @@ class Baselines:
 
     def ops(self, device: torch.device, dtype: torch.dtype) -> OpRows:
         """Every op on its own: see `measure_ops`."""
-        rate = self.copy_rate(device)
-        return self._once(("ops", device, dtype), lambda: measure_ops(device, dtype, rate, self.plan))
+        rates = self.rates(device, dtype)
+        return self._once(("ops", device, dtype), lambda: measure_ops(device, dtype, rates, self.plan))
+
+    def rates(self, device: torch.device, dtype: torch.dtype) -> Rates:
+        """Of copies, and of products in `dtype` and in float8."""
+        copy, plan = self.copy_rate(device), self.plan
+
+        def product(kind: torch.dtype) -> float:
+            return floors.product_flop_per_s(device, kind, plan.repeats, plan.product_size)
+
+        return self._once(("rates", device, dtype), lambda: Rates(copy, product(dtype), product(floors.FP8)))
 
     def copy_rate(self, device: torch.device) -> float:
         """Bytes that a copy reads and writes a second."""
@@ -137,40 +158,56 @@ def padded_convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_ops(device: torch.device, dtype: torch.dtype, copy_rate: float, plan: Plan) -> OpRows:
-    """Every op of the registry that has cases: ms (median), p95_ms, floor_ms (the bytes of its arguments and
-    results at the copy rate), reference_ms (its plain meaning under torch.compile, where it fits)."""
+def measure_ops(device: torch.device, dtype: torch.dtype, rates: Rates, plan: Plan) -> OpRows:
+    """Every op of the registry that has cases, by `measure_op`."""
     rows = {}
     for spec in ops.REGISTRY:
         case = spec.workload if plan.workloads else next(iter(spec.cases), None)
         if case is not None and spec.function is not None:
-            rows[spec.name] = measure_op(spec, case, device, dtype, copy_rate, plan)
+            rows[spec.name] = measure_op(spec, case, device, dtype, rates, plan)
     return rows
 
 
 def measure_op(
-    spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype, copy_rate: float, plan: Plan
+    spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype, rates: Rates, plan: Plan
 ) -> dict[str, float]:
-    """One op on one call, its arguments not in the L2 cache."""
+    """One op on one call, its arguments not in the L2 cache: ms (median), p95_ms, bytes (of its arguments and
+    results), flop (`OpSpec.flop`; 0: it only moves data), floor_ms, reference_ms (its plain meaning under
+    torch.compile, where it fits).
+
+    The floor is the larger of the bytes at the copy's rate and the operations at the bare product's, float8's
+    where an argument is float8.  Attention and convolutions are products too, none of which is faster.
+    """
     assert spec.function is not None
     function = spec.function
     generator = torch.Generator(device).manual_seed(0)
     arguments = case.make(device, dtype, generator)
-    read = sum(tensor.nbytes for tensor in tensors(list(arguments.values())))
-    written = sum(tensor.nbytes for tensor in tensors([function(**arguments)]))
+    given = tensors(list(arguments.values()))
+    moved = sum(tensor.nbytes for tensor in [*given, *tensors([function(**arguments)])])
+    flop = 0 if spec.flop is None else spec.flop(**arguments)
+    product_rate = (
+        rates.fp8_flop_per_s if any(tensor.dtype == floors.FP8 for tensor in given) else rates.flop_per_s
+    )
+    read = sum(tensor.nbytes for tensor in given)
     inputs = rotation(lambda: (case.make(device, dtype, generator),), read, device)
-    timing = measure(lambda given: function(**given), device, inputs, plan.repeats)
+    # As the product whose rate is the floor; what only moves data does not depend on these clocks.
+    settle_ms = floors.SETTLE_MS if flop else 0.0
+
+    def timed(call: Callable[..., Any], repeats: int) -> Timing:
+        return measure(lambda given: call(**given), device, inputs, repeats, settle_ms=settle_ms)
+
+    timing = timed(function, plan.op_repeats)
     row = {
         "ms": timing.median_ms,
         "p95_ms": timing.p95_ms,
-        "floor_ms": 1e3 * (read + written) / copy_rate,
+        "bytes": moved,
+        "flop": flop,
+        "floor_ms": 1e3 * max(moved / rates.copy_bytes_per_s, flop / product_rate),
     }
     plain = spec.eager or spec.reference
     if plain is not None:
         compiled = torch.compile(plain, backend=plan.compiler, dynamic=False)
-        try:
-            reference = measure(lambda given: compiled(**given), device, inputs, plan.repeats)
-        except torch.OutOfMemoryError:
-            return row  # an explicit form of attention may not fit beside the model
-        row["reference_ms"] = reference.median_ms
+        # An explicit form of attention may not fit beside the model.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            row["reference_ms"] = timed(compiled, plan.repeats).median_ms
     return row

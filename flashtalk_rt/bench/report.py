@@ -16,6 +16,8 @@ from ..profiles.record import FIGURES
 STAGES = ("dit_step_ms", "vae_decode_ms", "vae_encode_ms", "color_ms")
 UNITS = {"ms": "ms", "gb": "GB"}
 FIRST_FRAME = "first frame: its pixels on the host; Session hands out whole chunks; audio features made ahead"
+P95 = "p95: of fewer than 20 chunks, the largest"
+OP_FLOOR = "floor: the bytes at a copy's rate, or the operations at a bare product's, whichever takes longer"
 
 
 def number(value: float | None) -> str:
@@ -30,8 +32,8 @@ def ratio(value: float, of: float | None) -> str:
 
 
 def table(record: Mapping[str, Any], budgets: Budgets | None) -> RenderableType:
-    """Median, p95, budget, floor and plain path of every figure and op of a latency result; says so where
-    the device has no budgets, or none for what was measured."""
+    """Median, p95, budget, floor, their ratio and plain path of every figure and op of a latency result; says
+    so where the device has no budgets, or none for what was measured."""
     held = budgets.of(record) if budgets is not None else {}
     shape = f"{record['height']} x {record['width']}, {record['steps']} steps, {record['precision']}"
     columns = (
@@ -49,7 +51,7 @@ def table(record: Mapping[str, Any], budgets: Budgets | None) -> RenderableType:
     stages = Table(
         *columns,
         title=f"{record['device']}: {shape}",
-        caption=f"{_about_budgets(record, budgets)}\n{FIRST_FRAME}",
+        caption=f"{_about_budgets(record, budgets)}\n{FIRST_FRAME}\n{P95}",
     )
     for figure in (*FIGURES, *sorted(set(record["figures"]) - set(FIGURES))):
         value, budget = record["figures"][figure], held.get(figure)
@@ -68,15 +70,26 @@ def table(record: Mapping[str, Any], budgets: Budgets | None) -> RenderableType:
             number(None if budget is None else budget.published),
             style="red" if budget is not None and budget.breaches(value, floor) else None,
         )
-    rows = Table("op", "median ms", "p95", "copy floor", "x floor", "plain, compiled", title="Operators")
+    return Group(stages, _ops_table(record, budgets))
+
+
+def _ops_table(record: Mapping[str, Any], budgets: Budgets | None) -> Table:
+    held = budgets.of_ops(record) if budgets is not None else {}
+    columns = ("op", "median ms", "p95", "budget", "floor", "x floor", "plain, compiled")
+    rows = Table(*columns, title="Operators", caption=OP_FLOOR)
     for name, row in record["ops"].items():
+        budget = held.get(name)
         rows.add_row(
             name,
-            *(number(row[key]) for key in ("ms", "p95_ms", "floor_ms")),
+            number(row["ms"]),
+            number(row["p95_ms"]),
+            number(None if budget is None else budget.target),
+            number(row["floor_ms"]),
             ratio(row["ms"], row["floor_ms"]),
             number(row.get("reference_ms")),
+            style="red" if budget is not None and budget.breaches(row["ms"], None) else None,
         )
-    return Group(stages, rows)
+    return rows
 
 
 def _about_budgets(record: Mapping[str, Any], budgets: Budgets | None) -> str:

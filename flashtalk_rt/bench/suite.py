@@ -128,7 +128,7 @@ def measure(
         reference |= with_totals({name: timing.median_ms for name, timing in stages.items()}, steps, 1.0)
         reference_spreads = {name: timing.spread_ms for name, timing in stages.items()}
     log("measuring the ops")
-    op_rows = baselines.ops(device, dtype)
+    op_rows, rates = baselines.ops(device, dtype), baselines.rates(device, dtype)
     later = stream.motion_frames // 4 + (stream.motion_frames % 4 > 0)  # latent frames to the first new frame
     first_share = work.total_flop(
         work.vae_decode_frame(model.vae.config, stream, first=True, folded=True)
@@ -151,7 +151,11 @@ def measure(
         "floors": {**with_totals(floor, steps, first_share), "peak_memory_gb": weights_bytes / 1e9},
         "reference": reference,
         "reference_spreads": reference_spreads,
-        "copy_tb_per_s": baselines.copy_rate(device) / 1e12,
+        "copy_tb_per_s": rates.copy_bytes_per_s / 1e12,
+        "product_tflop_per_s": {
+            str(dtype).removeprefix("torch."): rates.flop_per_s / 1e12,
+            "float8_e4m3fn": rates.fp8_flop_per_s / 1e12,
+        },
         "errors": errors,
         "ops": op_rows,
     }

@@ -81,7 +81,8 @@ class OpSpec:
     The parity tests and the benchmark go through the registry of these: `function` is the public op
     (it takes `backend=`), `reference` its plain float32 meaning, `eager` the same in the inputs' own
     precision, whose error a backend may double; `cases` are small, odd and ragged, `workload` is the
-    14B model's call at 768 x 448; `gradients` names the arguments it is differentiable in.
+    14B model's call at 768 x 448, `flop` how many operations a call's arguments ask for (None: it only
+    moves data); `gradients` names the arguments it is differentiable in.
     """
 
     name: str
@@ -91,6 +92,7 @@ class OpSpec:
     eager: Callable[..., Any] | None = None
     cases: tuple[Case, ...] = ()
     workload: Case | None = None
+    flop: Callable[..., int] | None = None
     gradients: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _flop, reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
 from .dual_cross_attention import TRITON_HEADS
@@ -254,6 +254,7 @@ SPEC = OpSpec(
         _case(1, 1, 84, 33, 1, 128),
     ),
     workload=_case(1, 9, 1344, 32, 40, 128),
+    flop=_flop.audio_cross_attention,
     gradients=("q", "k", "v"),
 )
 ABSORBED_SPEC = OpSpec(
@@ -268,5 +269,6 @@ ABSORBED_SPEC = OpSpec(
         _absorbed_case(1, 1, 84, 1, 1, 7),
     ),
     workload=_absorbed_case(1, 9, 1344, 32, 40, 5120),
+    flop=_flop.absorbed_audio_attention,
     gradients=("x", "A", "a_bias", "B"),
 )

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import _flop, reference
 from . import chunk_attention_cuda as cuda
-from . import reference
 from ._dispatch import TRITON, Backend, Case, OpSpec, Situation, backend_for
 
 MAX_HEAD_DIM = 128  # of every backend but sdpa
@@ -391,5 +391,6 @@ SPEC = OpSpec(
         _case(2, 150, 1, 32, chunk=70, key_length=(33, 140), bias=(2, 150)),  # several tiles a chunk
     ),
     workload=_case(1, 12096, 40, 128),
+    flop=_flop.chunk_attention,
     gradients=("q", "k", "v", "key_bias"),
 )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from . import _flop, reference
 from . import chunk_attention_cuda as attention_cuda
 from . import dual_cross_attention_cuda as cuda
-from . import reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Backend, Case, OpSpec, Situation, backend_for
 
@@ -157,5 +157,6 @@ SPEC = OpSpec(
         _case(1, 200, 3, 128, 64, 260, bias=(1, 64), visible=60),
     ),
     workload=_case(1, 12096, 40, 128, 512, 257, bias=(512,), visible=33),
+    flop=_flop.dual_cross_attention,
     gradients=("q", "text_k", "text_v", "image_k", "image_v", "text_bias"),
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from . import _flop
 from ._dispatch import TORCH, Backend, Case, OpSpec, Situation, backend_for
 from .fp8 import FP8, Quantized, quantize
 
@@ -122,4 +123,5 @@ SPEC = OpSpec(
         _case(37, k=208, n=80),
     ),
     workload=_case(1, 12096, k=5120, n=5120),
+    flop=_flop.linear_fp8,
 )

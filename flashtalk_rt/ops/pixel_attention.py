@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _flop
 from . import reference_vae as reference
 from ._dispatch import TORCH, Backend, Case, OpSpec, Situation, backend_for
 
@@ -49,10 +50,12 @@ def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(shape)
 
 
-def _case(batch: int, frames: int, pixels: int, channels: int) -> Case:
+def _case(batch: int, frames: int, pixels: int, channels: int, fixed: torch.dtype | None = None) -> Case:
+    """fixed: the dtype, whatever is asked for."""
+
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, object]:
         shape = (batch, frames, pixels, 3 * channels)
-        drawn = torch.randn(shape, generator=generator, device=device).to(dtype)
+        drawn = torch.randn(shape, generator=generator, device=device).to(fixed or dtype)
         return dict(zip("qkv", drawn.chunk(3, dim=-1), strict=True))
 
     return Case(f"{batch}x{frames}x{pixels}x{channels}", make)
@@ -64,4 +67,7 @@ SPEC = OpSpec(
     function=pixel_attention,
     reference=reference.pixel_attention,
     cases=(_case(2, 3, 35, 48), _case(1, 1, 77, 384)),
+    # In the dtype that the VAE runs in on a GPU.
+    workload=_case(1, 1, 96 * 56, 384, fixed=torch.float16),
+    flop=_flop.pixel_attention,
 )

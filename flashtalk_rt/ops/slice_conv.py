@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from . import _flop
 from ._dispatch import TORCH, Backend, Case, OpSpec, Situation, backend_for
 from .conv3d import conv3d
 
@@ -239,4 +240,5 @@ SPEC = OpSpec(
         _case((2, 1, 1), (32, 192), (1, 1), residual=True),
     ),
     workload=_case((4, 768, 448), (96, 96), (3, 3), residual=True),
+    flop=_flop.slice_conv,
 )

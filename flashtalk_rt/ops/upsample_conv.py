@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _flop
 from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
@@ -98,5 +99,6 @@ SPEC = OpSpec(
     reference=reference.upsample_conv,
     cases=(_case(2, 12, 6, 2, 5, 7), _case(1, 24, 96, 1, 1, 3)),
     workload=_case(1, 192, 96, 4, 384, 224),
+    flop=_flop.upsample_conv,
     gradients=("x", "weight", "bias"),
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _flop
 from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
@@ -181,5 +182,6 @@ SPEC = OpSpec(
         _case(1, 12, 2, 3, 5, past=True, bias=False, clamp=True, shortcut=False),
     ),
     workload=_case(1, 96, 4, 768, 448, past=True, bias=True, clamp=True),
+    flop=_flop.vae_head,
     gradients=("x", "bias", "shortcut", "gamma", "past", "weight", "out_bias"),
 )
