@@ -29,7 +29,7 @@ OpRows = dict[str, dict[str, float]]
 class Plan:
     """How thoroughly to measure."""
 
-    chunks: int = 5
+    chunks: int = 10
     repeats: int = 8  # of a floor, or of a stage or an op of the plain path
     op_repeats: int = 20  # of an op: the fewest whose p95 is not simply the largest
     compiler: str = "inductor"  # torch.compile's backend for the plain path
