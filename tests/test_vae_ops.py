@@ -21,6 +21,7 @@ SMALL = VAEConfig(dim=4, num_res_blocks=1)
 NO_INTERPRETER = "Triton's kernels are interpreted only where there is no GPU"
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason=NO_INTERPRETER)
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
+RULES = ("test_schema", "test_autograd_registration", "test_faketensor")  # of torch.library.opcheck
 BACKENDS = [
     ("cpu", "torch"),
     pytest.param("cpu", "triton", marks=INTERPRETED),
@@ -201,8 +202,16 @@ def test_ops_that_write_in_place_keep_torchs_rules(device: str) -> None:
         "norm_silu_into": (x, bias, shortcut, gamma, past, ndhwc(torch.cat((x, x), dim=2))),
         "vae_head_into": (x, bias, shortcut, gamma, past, weight, bias[:3].clone(), True, past.clone()),
     }.items():
-        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(getattr(torch.ops.flashtalk_rt, name).default, args, test_utils=tests)
+        op = getattr(torch.ops.flashtalk_rt, name).default
+        torch.library.opcheck(op, args, test_utils=(*RULES, "test_aot_dispatch_dynamic"))
+        # They have no gradient, and say so where one is asked for.
+        for arg in args[:5]:
+            arg.requires_grad_(True)
+        torch.library.opcheck(op, args, test_utils=RULES)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            op(*args).sum().backward()
+        for arg in args[:5]:
+            arg.requires_grad_(False)
 
 
 def test_a_room_that_does_not_fit_is_refused() -> None:
