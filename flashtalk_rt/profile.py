@@ -1,15 +1,18 @@
-"""`flashtalk profile`: one chunk under torch's profiler: a trace, and its time by stage and by kernel.
+"""`flashtalk profile`: one chunk under torch's profiler: a trace, and its time by stage, kind and kernel.
 
 Operations are counted from the configs (`profiles.work`) and bytes from the weights and frames that a stage
-cannot avoid touching, so the rates are what the work asked for over the time it took, whatever was launched.
+cannot avoid touching, so a stage's rates are what the published work asks for over the time it took, whatever
+was launched.  Kernels have none of their own: what one works on, no name tells.  Their kinds have, of the
+work in the form that runs (audio's projections absorbed, upsampling folded).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -22,8 +25,10 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
+from .bench.baselines import Baselines, audio_form
 from .bench.models import PROMPT_TOKENS, published_model
 from .cli import show
+from .config import StreamConfig
 from .errors import OutputError
 from .files import check_output
 from .modules.weights import load
@@ -34,6 +39,19 @@ from .runtime.timing import StageClock
 
 app = typer.Typer(add_completion=False)
 KERNELS = 25  # rows of the table
+
+# Of a kernel's name (on a CPU an operator's) -> what kind of work it does; the first that is found.
+KINDS: dict[str, re.Pattern[str]] = {
+    "attention": re.compile(r"attention|sdpa|fmha|flash_|flash::|resident_kernel|^forward_kernel", re.I),
+    "convolutions": re.compile(r"conv(?!ert)|fprop|implicit|head_taps_kernel", re.I),
+    "products": re.compile(r"nvjet|gemm|gemv|cutlass|xmma|splitk|_scaled_mm|linear|matmul|[:d]b?mm$", re.I),
+}
+OTHER = "other"
+NO_FLOORS = "floor: measured on a CUDA device only; of a CPU nothing is claimed"
+FLOORS = "floor, ms: the stage's products, attention and convolutions alone"
+MOVED = "GB/s: of what a stage cannot avoid to read and write"
+COUNTED = "the audio encoder's kernels are in the time, not in the operations"
+KIND_OF_WORK = {work.Attention: "attention", work.Convolution: "convolutions", work.Gemm: "products"}
 
 
 @app.command()
@@ -51,7 +69,8 @@ def command(
     precision: Annotated[str | None, typer.Option(help=f"{PRECISION_HELP} Default: by device.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
 ) -> None:
-    """Trace one chunk, and show its time by stage and by kernel."""
+    """Trace one chunk, and show its time by stage, by kind of work and by kernel; on a GPU beside the
+    stages' floors."""
     height, width, chosen = check_settings(size, steps, precision)
     check_device_name(device)
     check_output(out, "--out")
@@ -60,7 +79,10 @@ def command(
         model = published_model(device, height, width)
     else:
         model = load(checkpoint, device, None if chosen is None else dtype_of(chosen))
-    show(table(profile_chunk(Engine(model, steps, chosen, height, width), out)))
+    engine = Engine(model, steps, chosen, height, width)
+    made = profile_chunk(engine, out)
+    engine.close()  # its graphs' memory is needed
+    show(table(beside_floors(made, engine, Baselines())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +93,16 @@ class Stage:
     ms: float
     flop: int | None  # None: negligible, or not known
     bytes_moved: int | None  # at least; None: not what limits it
+    floor_ms: float | None = None  # of the same work; None: not measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """All kernels of one kind of work."""
+
+    name: str
+    ms: float
+    flop: int | None  # None: not counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +120,7 @@ class Profile:
 
     title: str
     stages: tuple[Stage, ...]
+    kinds: tuple[Kind, ...]
     kernels: tuple[Kernel, ...]  # the longest first
 
 
@@ -116,7 +149,8 @@ def profile_chunk(engine: Engine, trace: Path) -> Profile:
     image = torch.rand(1, 3, 1, engine.height, engine.width, generator=draw).to(device) * 2 - 1
     text = normal(1, min(PROMPT_TOKENS, config.text_len), config.text_dim)
     with torch.inference_mode():
-        constants = engine.constants(image, text, model.image_encoder(image))
+        features = model.image_encoder(image)
+        constants = engine.constants(image, text, features)
     motion = constants.first_motion.float()
     sound = np.random.default_rng(0).normal(0, 0.1, round(stream.ring_s * stream.sample_rate_hz))
     ring = torch.from_numpy(sound.astype(np.float32)).to(device)
@@ -147,13 +181,31 @@ def profile_chunk(engine: Engine, trace: Path) -> Profile:
     except (OSError, RuntimeError) as error:
         raise OutputError(f"trace {trace} cannot be written: {error}") from error
     title = f"{engine.height} x {engine.width}, {engine.steps} steps, {engine.precision}, on {device}"
-    return Profile(title, stages_of(engine, timings_ms), kernels_of(profiler, device))
+    kernels = kernels_of(profiler, device)
+    flop = flop_of_kinds(engine, text.shape[1], features.shape[1])
+    return Profile(title, stages_of(engine, timings_ms), kinds_of(kernels, flop), kernels)
+
+
+def engine_stream(engine: Engine) -> StreamConfig:
+    """The model's, at the engine's size."""
+    return dataclasses.replace(engine.model.stream, height=engine.height, width=engine.width)
+
+
+def beside_floors(profile: Profile, engine: Engine, baselines: Baselines) -> Profile:
+    """`profile` with the floors of its stages, measured now (`Baselines.floors`); as it is on a CPU."""
+    if engine.device.type != "cuda":
+        return profile
+    floor_ms = baselines.floors(engine.model, engine_stream(engine), engine.precision)
+    of_stage = {name.removesuffix("_ms"): ms for name, ms in floor_ms.items()}
+    of_stage["dit"] = engine.steps * of_stage.pop("dit_step")
+    stages = tuple(dataclasses.replace(stage, floor_ms=of_stage.get(stage.name)) for stage in profile.stages)
+    return dataclasses.replace(profile, stages=stages)
 
 
 def stages_of(engine: Engine, timings_ms: dict[str, float]) -> tuple[Stage, ...]:
     """The stages in order, with the work that they ask for."""
     model = engine.model
-    stream = dataclasses.replace(model.stream, height=engine.height, width=engine.width)
+    stream = engine_stream(engine)
     flop = {
         "dit": engine.steps * work.total_flop(work.dit_step(model.dit.config, stream)),
         "vae_decode": work.total_flop(work.vae_decode(model.vae.config, stream)),
@@ -163,6 +215,42 @@ def stages_of(engine: Engine, timings_ms: dict[str, float]) -> tuple[Stage, ...]
     moved = {"color": work.color_bytes(stream), "dit": engine.steps * weights_bytes}
     names = ("audio", "dit", "vae_decode", "color", "vae_encode")
     return tuple(Stage(name, timings_ms[name], flop.get(name), moved.get(name)) for name in names)
+
+
+def flop_of_kinds(engine: Engine, text_tokens: int, image_tokens: int) -> dict[str, int]:
+    """Operations of a chunk by KINDS, in the form that runs; those of the audio encoder are not known.
+
+    The VAE's attention, a thousandth of all, counts as attention, though two products do it on a GPU.
+    """
+    dit, vae, stream = engine.model.dit.config, engine.model.vae.config, engine_stream(engine)
+    form = audio_form(dit, stream, engine.device)
+    seen = min(text_tokens + 1, dit.text_len)  # one key stands for the padding
+    step = [
+        *work.dit_main_linears(dit, stream),
+        *work.dit_audio_linears(dit, stream, form),
+        *work.dit_self_attention(dit, stream),
+        *work.dit_dual_attention(dit, stream, seen, image_tokens),
+        *(work.dit_audio_attention(dit, stream) if form == "plain" else ()),
+    ]
+    flop = dict.fromkeys(KINDS, 0)
+    drawn = work.vae_decode(vae, stream, folded=True) + work.vae_encode(vae, stream)
+    for item in step * engine.steps + drawn:
+        flop[KIND_OF_WORK[type(item)]] += item.flop
+    return flop
+
+
+def kind_of(kernel: str) -> str:
+    """One of KINDS by the kernel's name, or OTHER."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.search(kernel)), OTHER)
+
+
+def kinds_of(kernels: Iterable[Kernel], flop: Mapping[str, int]) -> tuple[Kind, ...]:
+    """The kernels' time by kind, the longest first, with its operations where `flop` has them."""
+    times_ms = dict.fromkeys((*KINDS, OTHER), 0.0)
+    for kernel in kernels:
+        times_ms[kind_of(kernel.name)] += kernel.ms
+    kinds = [Kind(name, ms, flop.get(name)) for name, ms in times_ms.items()]
+    return tuple(sorted(kinds, key=lambda kind: -kind.ms))
 
 
 def kernels_of(profiler: torch_profile, device: torch.device) -> tuple[Kernel, ...]:
@@ -178,23 +266,43 @@ def kernels_of(profiler: torch_profile, device: torch.device) -> tuple[Kernel, .
 
 
 def table(profile: Profile) -> RenderableType:
-    """Time by stage with achieved rates, and the longest kernels."""
+    """Time by stage with achieved rates and floors, by kind of work, and the longest kernels."""
     total_ms = sum(stage.ms for stage in profile.stages)
-    stages = Table("stage", "ms", "%", "TFLOP", "TFLOP/s", "GB/s, at least", title=profile.title)
+    unmeasured = all(stage.floor_ms is None for stage in profile.stages)
+    stages = Table(
+        *("stage", "ms", "%", "floor", "ratio", "TFLOP", "TFLOP/s", "GB/s"),
+        title=profile.title,
+        caption=f"{NO_FLOORS if unmeasured else FLOORS}\n{MOVED}",
+    )
+    stages.columns[0].no_wrap = True
     for stage in profile.stages:
         stages.add_row(
             stage.name.replace("_", " "),
             f"{stage.ms:.2f}",
             f"{100 * stage.ms / total_ms:.1f}",
-            "-" if stage.flop is None else f"{stage.flop / 1e12:.4g}",
-            "-" if stage.flop is None else f"{stage.flop / stage.ms / 1e9:.4g}",
+            "-" if stage.floor_ms is None else f"{stage.floor_ms:.2f}",
+            "-" if stage.floor_ms is None else f"{stage.ms / stage.floor_ms:.2f}",
+            *_rate(stage.flop, stage.ms),
             "-" if stage.bytes_moved is None else f"{stage.bytes_moved / stage.ms / 1e6:.4g}",
         )
     busy_ms = sum(kernel.ms for kernel in profile.kernels)
+    kinds = Table(
+        "kind", "ms", "%", "TFLOP", "TFLOP/s", title="Kernels by kind, as their names tell", caption=COUNTED
+    )
+    for kind in profile.kinds:
+        share = f"{100 * kind.ms / busy_ms:.1f}"
+        kinds.add_row(kind.name, f"{kind.ms:.2f}", share, *_rate(kind.flop, kind.ms))
     kernels = Table(
         "kernel", "calls", "ms", "%", title=f"{KERNELS} longest of {len(profile.kernels)} kernels"
     )
     for kernel in profile.kernels[:KERNELS]:
         row = (str(kernel.calls), f"{kernel.ms:.3f}", f"{100 * kernel.ms / busy_ms:.1f}")
         kernels.add_row(kernel.name, *row)
-    return Group(stages, kernels)
+    return Group(stages, kinds, kernels)
+
+
+def _rate(flop: int | None, ms: float) -> tuple[str, str]:
+    """TFLOP, and TFLOP a second; "-" for what is not counted, or took no time."""
+    if flop is None:
+        return "-", "-"
+    return f"{flop / 1e12:.4g}", "-" if ms == 0 else f"{flop / ms / 1e9:.4g}"

@@ -121,16 +121,29 @@ def dit_self_attention(config: DiTConfig, stream: StreamConfig) -> list[Work]:
     return [Attention(config.num_heads, count, count, config.head_dim)] * config.num_layers
 
 
-def dit_cross_attention(config: DiTConfig, stream: StreamConfig, image_tokens: int = 257) -> list[Work]:
-    """To text (all `text_len` keys), image and, each latent frame to its own, audio."""
-    count, heads, head_dim = tokens(stream), config.num_heads, config.head_dim
-    frames = stream.latent_frames
+def dit_dual_attention(
+    config: DiTConfig, stream: StreamConfig, text_tokens: int, image_tokens: int = 257
+) -> list[Work]:
+    """Cross-attention to text and image."""
+    count = tokens(stream)
     layer: list[Work] = [
-        Attention(heads, count, config.text_len, head_dim),
-        Attention(heads, count, image_tokens, head_dim),
-        Attention(heads, count // frames, config.context_tokens, head_dim, batch=frames),
+        Attention(config.num_heads, count, keys, config.head_dim) for keys in (text_tokens, image_tokens)
     ]
     return layer * config.num_layers
+
+
+def dit_audio_attention(config: DiTConfig, stream: StreamConfig) -> list[Work]:
+    """Each latent frame to its own audio, in the plain form."""
+    frames = stream.latent_frames
+    queries = tokens(stream) // frames
+    return [
+        Attention(config.num_heads, queries, config.context_tokens, config.head_dim, batch=frames)
+    ] * config.num_layers
+
+
+def dit_cross_attention(config: DiTConfig, stream: StreamConfig) -> list[Work]:
+    """To text, all `text_len` keys, to image and to audio."""
+    return dit_dual_attention(config, stream, config.text_len) + dit_audio_attention(config, stream)
 
 
 def dit_step(config: DiTConfig, stream: StreamConfig) -> list[Work]:

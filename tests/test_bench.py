@@ -18,7 +18,6 @@ import torch
 from rich.console import Console, RenderableType
 
 from flashtalk_rt import bench, ops
-from flashtalk_rt import profile as profiler
 from flashtalk_rt.bench import baselines, models, plain, report
 from flashtalk_rt.cli import main
 from flashtalk_rt.config import DiTConfig, StreamConfig
@@ -290,56 +289,6 @@ def test_the_commands_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_bad_options_are_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert named in capsys.readouterr().err
-
-
-# --- the profiler --------------------------------------------------------------------------------------
-
-
-def test_profile_writes_a_trace_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trace = tmp_path / "trace.json"
-    command = ["profile", "--device", "cpu", "--precision", "fp32", "--steps", "2", "--size", "32x48"]
-    assert main([*command, "--out", str(trace)]) == 0
-    text = capsys.readouterr().out
-    for named in ("audio", "dit", "vae decode", "color", "vae encode", "TFLOP/s", "aten::"):
-        assert named in text
-    events = json.loads(trace.read_text())["traceEvents"]
-    ranges = [event["name"] for event in events if str(event.get("name")).startswith("chunk/")]
-    assert ranges.count("chunk/dit") == 2 and ranges.count("chunk/vae_decode") == 9
-    assert {"chunk/audio", "chunk/color", "chunk/vae_encode"} <= set(ranges)
-
-
-def test_a_profile_adds_up(tmp_path: Path) -> None:
-    engine = Engine(tiny.model(), steps=2, precision="fp32", height=32, width=32)
-    made = profiler.profile_chunk(engine, tmp_path / "trace.json")
-    assert [stage.name for stage in made.stages] == ["audio", "dit", "vae_decode", "color", "vae_encode"]
-    assert all(stage.ms > 0 for stage in made.stages)
-    times = [kernel.ms for kernel in made.kernels]
-    assert times == sorted(times, reverse=True) and all(kernel.calls > 0 for kernel in made.kernels)
-    assert not [kernel.name for kernel in made.kernels if kernel.name.startswith("chunk/")]
-    # Operators on one thread take no longer than the stages that hold them, and most of that.
-    assert 0.3 < sum(times) / sum(stage.ms for stage in made.stages) < 1.1
-    dit = made.stages[1]
-    assert dit.flop == 2 * sum(item.flop for item in profiler.work.dit_step(tiny.DIT, STREAM))
-
-
-def test_a_trace_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(tiny.model(), steps=1, precision="fp32", height=16, width=16)
-    with pytest.raises(OutputError, match="cannot be written"):
-        profiler.profile_chunk(engine, tmp_path / "no" / "trace.json")
-    # As when the exporter could not write, which it only logs.
-    monkeypatch.setattr(profiler.torch_profile, "export_chrome_trace", lambda *_: None)
-    with pytest.raises(OutputError, match="cannot be written"):
-        profiler.profile_chunk(engine, tmp_path / "trace.json")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_trace_replaces_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "trace.json.tmp").write_text("of somebody else")
-    (tmp_path / "link.json").symlink_to("trace.json")
-    engine = Engine(tiny.model(), steps=1, precision="fp32", height=16, width=16)
-    profiler.profile_chunk(engine, tmp_path / "link.json")
-    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "trace.json").read_text())
-    assert (tmp_path / "trace.json.tmp").read_text() == "of somebody else"
 
 
 @pytest.mark.parametrize("command", ["bench", "profile"])
