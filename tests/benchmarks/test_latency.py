@@ -1,7 +1,7 @@
 """The latency suite against the device's budgets: `pytest --benchmark tests/benchmarks`.
 
 Every case writes profiles/results/latency-*.json, prints its tables, and fails on a breach.  Only 768 x 448
-has a plain path beside it (`reference`): compiling it takes minutes a size and precision.
+has a plain path beside it (`reference`): compiling it takes minutes a size.
 """
 
 from __future__ import annotations
