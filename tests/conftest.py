@@ -3,6 +3,7 @@ the summary says what did not run."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -36,6 +37,24 @@ def figures(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[BEGIN] = time.perf_counter()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands over what its tests measured, as JSON: execnet takes few types."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["figures"] = json.dumps(session.config.stash.get(FIGURES, {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """The main process takes it over; a worker that crashed has nothing."""
+    figures = node.config.stash.setdefault(FIGURES, {})
+    for name, value in json.loads(getattr(node, "workeroutput", {}).get("figures", "{}")).items():
+        if isinstance(value, dict):  # to which tests on several workers may have added
+            figures.setdefault(name, {}).update(value)
+        else:
+            figures[name] = value
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
