@@ -1,28 +1,61 @@
-"""The engine's stages captured as CUDA graphs: the eager bits, flat memory, prompt interrupts."""
+"""The engine's stages captured as CUDA graphs: the eager bits, flat memory, prompt interrupts.
+
+How many milliseconds an interrupt takes is test_interrupt_gpu.py's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
+import math
+import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from plain_loop import Inputs, plain_chunk, run_chunk
-from streams import CHUNK, frames_of, portrait, push, speech
+from streams import CHUNK, frames_of, portrait, push, small_engine, speech
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flashtalk_rt.bench.models import random_model
+from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.runtime import Engine
 
+slice_conv = importlib.import_module("flashtalk_rt.ops.slice_conv")  # not the function
+# What a chunk must be made of where the kernels of `csrc` are there: those, and the absorbed audio form.
+WIDE_OPS = {
+    "flashtalk_rt::chunk_attention_cuda",
+    "flashtalk_rt::dual_cross_attention_cuda",
+    "flashtalk_rt::slice_conv",
+    "flashtalk_rt::head_products",
+    "flashtalk_rt::grouped_softmax",
+}
+FP8_OPS = {"flashtalk_rt::quantize", "aten::_scaled_mm"}
+ALLOWED_GROWTH_MB = 20.0
 
-def gpu_model() -> Model:
-    """The tiny random model on the GPU."""
-    torch.manual_seed(0)
-    model = tiny.model()
+
+class Names(TorchDispatchMode):
+    """The names of all ops called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def gpu_model(wide: bool = False) -> Model:
+    """The tiny random model, or the smallest that the kernels of `csrc` serve, on the GPU."""
+    model = tiny.model(dit=tiny.DIT_WIDE, vae=tiny.VAE_WIDE) if wide else tiny.model()
     for network in model.networks():
         network.to("cuda")
     return model
@@ -30,12 +63,12 @@ def gpu_model() -> Model:
 
 @pytest.fixture
 def gpu_engine() -> Iterator[Callable[..., Engine]]:
-    """Makes engines of the tiny model on the GPU; closed after the test, whose graphs do not outlive it,
-    however it ends."""
+    """Makes engines of `gpu_model`; closed after the test, whose graphs do not outlive it, however it
+    ends."""
     with contextlib.ExitStack() as made:
 
-        def make(**settings: Any) -> Engine:
-            engine = Engine(gpu_model(), **settings)
+        def make(wide: bool = False, **settings: Any) -> Engine:
+            engine = Engine(gpu_model(wide), **settings)
             made.callback(engine.close)
             return engine
 
@@ -57,6 +90,33 @@ def test_captured_equals_eager_bit_for_bit(
         assert engine._stages is not None and len(engine._stages.graphs) == (steps + 13 if capture else 0)
         engine.close()
     assert torch.equal(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_captured_equals_eager_with_every_kernel(
+    steps: int, precision: Any, gpu_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 128 and the VAE's published widths, where the CUDA kernels of `csrc`, the absorbed audio form
+    and (fp8) the float8 products take part."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels of csrc are sm_90's")
+    assert not isinstance(slice_conv.extension(), str), slice_conv.extension()
+    # They win at sizes that take a thousand times longer.
+    sizes = dict.fromkeys(slice_conv.MEASURED_FASTER, (1, math.inf))
+    monkeypatch.setattr(slice_conv, "MEASURED_FASTER", sizes)
+    audio = speech(3 * CHUNK)
+    results = []
+    for capture in (True, False):
+        engine = gpu_engine(wide=True, steps=steps, precision=precision, height=64, width=64, capture=capture)
+        session = engine.session(portrait(), seed=3)
+        with Names() if not capture else contextlib.nullcontext() as names:
+            results.append(frames_of(push(session, audio)))
+        engine.close()
+    assert names is not None and not (WIDE_OPS | (FP8_OPS if precision == "fp8" else set())) - names.seen
+    assert torch.equal(*results)
+    assert results[0].float().std() > 10, "pictures, not a constant that NaN makes"
 
 
 @pytest.mark.gpu
@@ -91,18 +151,62 @@ def test_a_new_picture_prompt_or_seed_captures_nothing(
         assert torch.equal(frames_of(alternating[i]), frames_of(expected))
 
 
-@pytest.mark.gpu
-def test_a_thousand_chunks_at_flat_memory(gpu_engine: Callable[..., Engine]) -> None:
-    engine = gpu_engine(steps=1, precision="bf16", height=64, width=48)
+def resident_mb() -> float:
+    """The process's resident memory."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+@pytest.mark.parametrize(
+    ("device", "warm", "chunks"), [("cpu", 20, 100), pytest.param("cuda", 100, 1000, marks=pytest.mark.gpu)]
+)
+def test_a_thousand_chunks_at_flat_memory(
+    device: str, warm: int, chunks: int, request: pytest.FixtureRequest, figures: dict[str, Any]
+) -> None:
+    """With speech queued one chunk ahead, which is heard ahead; the GPU's memory to the byte."""
+    if device == "cpu":  # on which nothing overlaps, so nothing is heard ahead by itself
+        engine = small_engine()
+        engine.hears_ahead = True
+    else:
+        engine = request.getfixturevalue("gpu_engine")(steps=1, precision="bf16", height=64, width=48)
     session = engine.session(portrait())
     audio = speech(CHUNK)
-    held_bytes = []
-    for chunk in range(1000):
-        push(session, audio)
-        if chunk in (9, 999):
-            torch.cuda.synchronize()
-            held_bytes.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert held_bytes[0] == held_bytes[1]
+    session.push_audio(audio)
+    resident, held_bytes = [], []
+    for chunk in range(1, chunks + 1):
+        session.push_audio(audio)
+        assert next(iter(session)).index == chunk - 1
+        assert session._ahead is not None, "the next chunk was heard while this one was made"
+        if chunk in (warm, chunks):
+            gc.collect()
+            resident.append(resident_mb())
+            if device == "cuda":
+                torch.cuda.synchronize()
+                held_bytes.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    figures[f"resident_mb_after_{warm}_and_{chunks}_chunks_{device}"] = [round(mb, 1) for mb in resident]
+    assert resident[1] - resident[0] < ALLOWED_GROWTH_MB
+    assert device == "cpu" or held_bytes[0] == held_bytes[1]
+
+
+@pytest.mark.gpu
+def test_engines_one_after_the_other_leave_no_memory_behind(figures: dict[str, Any]) -> None:
+    """cuBLAS keeps 34 MB for every stream that it ran on, so not none at all."""
+    reserved_mb = []
+    for _ in range(3):
+        model = random_model(
+            torch.device("cuda"), DiTConfig(num_layers=2), VAEConfig(), StreamConfig(height=256, width=256)
+        )
+        engine = Engine(model, steps=1, precision="bf16")
+        session = engine.session(portrait())
+        assert len(push(session, speech(CHUNK), speech(CHUNK, seed=1))) == 2
+        engine.close()
+        del model, engine, session
+        gc.collect()
+        torch.cuda.empty_cache()
+        reserved_mb.append(torch.cuda.memory_reserved() / 1e6)
+    figures["reserved_mb_after_each_of_three_engines"] = [round(mb) for mb in reserved_mb]
+    assert reserved_mb[2] - reserved_mb[0] <= 150
 
 
 @pytest.mark.gpu
