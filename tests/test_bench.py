@@ -218,7 +218,7 @@ def test_the_plain_path_uses_the_plain_backend_and_only_inside() -> None:
 
 
 def test_what_float8_costs() -> None:
-    result = bench.fp8_quality(tiny.model(), chunks=2)
+    result = bench.fp8_quality(tiny.model())
     layers = tiny.DIT.num_layers
     assert len(result["frames_psnr_db"]) == 2 and min(result["frames_psnr_db"]) > 10
     errors = result["block_relative_errors"]

@@ -104,16 +104,17 @@ def random_model(device: torch.device, dit: DiTConfig, vae: VAEConfig, stream: S
 
 @dataclasses.dataclass(frozen=True)
 class DiTInputs:
-    """One denoising step's inputs, random, for a model of `config` at the size of `stream`."""
+    """One denoising step's inputs."""
 
-    latent: Tensor
-    text: Tensor
-    image: Tensor
-    windows: Tensor
-    y: Tensor
+    latent: Tensor  # [1, z, T, h, w]
+    text: Tensor  # [1, tokens, C]
+    image: Tensor  # [1, tokens, C]
+    windows: Tensor  # as `Engine.audio_features` returns them
+    y: Tensor  # as `reference_latent` returns it
 
     @classmethod
     def draw(cls, config: DiTConfig, stream: StreamConfig, device: torch.device) -> DiTInputs:
+        """Random ones, for a model of `config` at the size of `stream`."""
         generator = torch.Generator().manual_seed(1)
 
         def normal(*shape: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from .. import ops
 from ..modules.dit import Block, DiT
 from ..modules.model import Model
 from ..profiles.record import environment
-from ..runtime import Engine
+from ..runtime import Chunk, Engine
 from ..training.world.metrics import psnr
 from .models import DiTInputs
 from .plain import relative_error
@@ -23,19 +23,30 @@ from .suite import Stream
 QUANTISED = ("self_attn", "self_attn.o", "cross_attn", "cross_attn.o", "ffn", "ffn.2")
 
 
+def noise_chunks(engine: Engine) -> list[Chunk]:
+    """Two chunks of a random picture and random sound, the second made from the first."""
+    made = Stream(engine)
+    return [made.next_chunk() for _ in range(2)]
+
+
 @torch.no_grad()
-def fp8_quality(model: Model, chunks: int = 2) -> dict[str, Any]:
+def fp8_quality(
+    model: Model,
+    inputs: DiTInputs | None = None,
+    make_chunks: Callable[[Engine], Iterable[Chunk]] = noise_chunks,
+) -> dict[str, Any]:
     """Compare a model in bfloat16, which it is converted to first, with itself in fp8, which it stays in.
 
+    inputs: of the step, None for random ones; make_chunks: the same chunks of an engine of either precision.
     Returns a result with, beside where it was measured:
     step_relative_error: of one step's velocity at noise level 1/2, |fp8 - bf16| / |bf16|;
     block_relative_errors: of the residual stream after each block of that step;
-    frames_psnr_db: of each of `chunks` chunks of a stream, every one made from the one before;
-    inputs: for each of QUANTISED, by block: the largest and the median crest factor of its rows (largest
-    magnitude / root mean square: high where there are outliers), and the relative rounding error.
+    frames_psnr_db: of each chunk;
+    inputs: of that step, for each of QUANTISED, by block: the largest and the median crest factor of its rows
+    (largest magnitude / root mean square: high where there are outliers), and the relative rounding error.
     """
     stream, device = model.stream, model.device
-    inputs = DiTInputs.draw(model.dit.config, stream, device)
+    inputs = inputs or DiTInputs.draw(model.dit.config, stream, device)
     frames, steps, streams = {}, {}, {}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in QUANTISED}
     for precision in ("bf16", "fp8"):
@@ -43,8 +54,7 @@ def fp8_quality(model: Model, chunks: int = 2) -> dict[str, Any]:
         step = inputs.step(model.dit)
         with watched(model.dit, rows if precision == "bf16" else None) as streams[precision]:
             steps[precision] = step().float()
-        made = Stream(engine)
-        frames[precision] = [made.next_chunk().frames.float() / 127.5 - 1 for _ in range(chunks)]
+        frames[precision] = [chunk.frames.float() / 127.5 - 1 for chunk in make_chunks(engine)]
         engine.close()
     blocks = zip(streams["fp8"], streams["bf16"], strict=True)
     return {
