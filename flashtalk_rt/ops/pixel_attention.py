@@ -50,6 +50,12 @@ def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(shape)
 
 
+def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`reference.pixel_attention` in the inputs' own precision throughout."""
+    weights: Tensor = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return weights @ v
+
+
 def _case(batch: int, frames: int, pixels: int, channels: int, fixed: torch.dtype | None = None) -> Case:
     """fixed: the dtype, whatever is asked for."""
 
@@ -66,6 +72,7 @@ SPEC = OpSpec(
     (Backend("explicit", _explicit), TORCH),
     function=pixel_attention,
     reference=reference.pixel_attention,
+    eager=_eager,
     cases=(_case(2, 3, 35, 48), _case(1, 1, 77, 384)),
     # In the dtype that the VAE runs in on a GPU.
     workload=_case(1, 1, 96 * 56, 384, fixed=torch.float16),
