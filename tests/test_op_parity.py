@@ -117,14 +117,15 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def gradients(
-    function: Callable[..., Any], inputs: dict[str, Any], wanted: tuple[str, ...], seed: int
+    function: Callable[..., Any], inputs: dict[str, Any], wanted: tuple[str, ...], home: str
 ) -> list[Tensor]:
+    """Of a random sum of the outputs, drawn on the device `home`."""
     given = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     leaves = [given[name].requires_grad_(True) for name in wanted if given[name] is not None]
-    generator = torch.Generator(leaves[0].device).manual_seed(seed)
+    generator = torch.Generator(home).manual_seed(1)
     total = leaves[0].new_zeros((), dtype=torch.float32)
     for out in results(function(**given)):
-        cotangent = torch.randn(out.shape, generator=generator, device=out.device)
+        cotangent = torch.randn(out.shape, generator=generator, device=home).to(out.device)
         total = total + (out * cotangent).sum() if out.requires_grad else total
     return [g.float() for g in torch.autograd.grad(total, leaves)]
 
@@ -149,9 +150,13 @@ def check_quantized(ours: list[Tensor], eager: list[Tensor], exact: list[Tensor]
         assert ((a - x).abs() <= allowed).all()
 
 
+def home_of(device: str, dtype: torch.dtype) -> str:
+    """Where numbers are drawn.  float16 the CPU tests too: what meets a bound there then does so here."""
+    return "cpu" if dtype == torch.float16 else device
+
+
 def draw(case: Case, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The inputs; in float16, which the CPU tests too, its own: what meets a bound there does so here."""
-    home = "cpu" if dtype == torch.float16 else device
+    home = home_of(device, dtype)
     made = case.make(torch.device(home), dtype, torch.Generator(home).manual_seed(0))
     return {k: moved(v, device) if isinstance(v, Tensor) else v for k, v in made.items()}
 
@@ -197,15 +202,16 @@ def test_a_backend_errs_at_most_twice_as_much_as_eager(
             check("output", found, low_exact, exact, floor)
     if spec.gradients and not quantized:
         wanted = tuple(n for n in spec.gradients if inputs[n] is not None)
+        home = home_of(device, dtype)
         if serves(spec, backend, device, dtype, inputs, grad=True) is not None:
             with pytest.raises(InputError, match="has no gradient"):
-                gradients(lambda **k: spec.function(**k, backend=backend), inputs, wanted, 1)
+                gradients(lambda **k: spec.function(**k, backend=backend), inputs, wanted, home)
             return
         check(
             "gradient",
-            gradients(lambda **k: spec.function(**k, backend=backend), inputs, wanted, 1),
-            gradients(eager, inputs, wanted, 1),
-            gradients(spec.reference, exact_inputs, wanted, 1),
+            gradients(lambda **k: spec.function(**k, backend=backend), inputs, wanted, home),
+            gradients(eager, inputs, wanted, home),
+            gradients(spec.reference, exact_inputs, wanted, home),
             floor,
         )
 
