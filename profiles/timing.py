@@ -14,7 +14,7 @@ import torch
 
 T = TypeVar("T")
 HEAD_START_CYCLES = 50_000_000  # of the GPU's clock: some 30 ms
-LONG_MS = 0.1  # of a call that the host launches faster than the device runs it
+AHEAD = 1.5  # device time over host time of a call that the host launches safely faster than it runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,9 @@ def measure(
     waits only at the end; on a CPU it is the call's wall clock.  Pass several inputs (`rotation`) where one
     would stay in the cache between calls.
 
-    settle_ms: let calls of 0.1 ms or more run so long first, for the clocks that the GPU can hold under this
-    load; an H100 that comes from idling multiplies a tenth faster than in the middle of a chunk.
+    settle_ms: let calls that the host launches faster than they run, run so long first, for the clocks that
+    the GPU can hold under this load; an H100 that comes from idling multiplies a tenth faster than in the
+    middle of a chunk.
     """
     turns = itertools.cycle(inputs)
     for _ in range(warm_ups):
@@ -74,9 +75,9 @@ def measure(
     stream = torch.cuda.current_stream(device)
     events = []
     with torch.cuda.stream(stream):
-        once_ms = _once_ms(lambda: work(*next(turns)), stream) if settle_ms else 0.0
-        if once_ms >= LONG_MS:
-            for _ in range(math.ceil(settle_ms / once_ms)):
+        device_ms, host_ms = _once_ms(lambda: work(*next(turns)), stream) if settle_ms else (0.0, 0.0)
+        if device_ms > AHEAD * host_ms:
+            for _ in range(math.ceil(settle_ms / device_ms)):
                 work(*next(turns))
         else:
             # Launching a small op takes the host longer than running it takes the device: keep the device
@@ -93,14 +94,18 @@ def measure(
     return Timing(tuple(start.elapsed_time(end) for start, end in events))
 
 
-def _once_ms(call: Callable[[], object], stream: torch.cuda.Stream) -> float:
+def _once_ms(call: Callable[[], object], stream: torch.cuda.Stream) -> tuple[float, float]:
+    """What one call takes the device, and what launching it takes the host."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(HEAD_START_CYCLES)  # else the device would wait for the host between its kernels
     start.record(stream)
+    begin = time.perf_counter()
     call()
+    host_ms = (time.perf_counter() - begin) * 1e3
     end.record(stream)
     end.synchronize()
     elapsed_ms: float = start.elapsed_time(end)
-    return elapsed_ms
+    return elapsed_ms, host_ms
 
 
 def rotation(make: Callable[[], T], size_bytes: int, device: torch.device) -> list[T]:
