@@ -189,7 +189,7 @@ def test_a_products_rate() -> None:
 
 @pytest.mark.gpu
 def test_a_call_that_the_host_launches_slowly_is_timed_by_the_device() -> None:
-    """Also where it was asked to run until the clocks settle: 0.1255 ms were once read of one that takes 0.09."""
+    """Also where it shall run until the clocks settle: 0.1255 ms were once read of one that takes 0.09."""
     device = torch.device("cuda")
     x = torch.zeros(1 << 20, device=device)
 
