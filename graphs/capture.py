@@ -22,7 +22,7 @@ def make_workspace(stream: torch.cuda.Stream) -> None:
     Made later, amid a network's memory, they pin the whole cached block that they are cut from: 331 MB an
     engine on an H100, which no later engine could use.
     """
-    with torch.cuda.stream(stream):
+    with _CAPTURING, torch.cuda.stream(stream):
         torch.cuda.empty_cache()
         few = torch.zeros(16, 16, device=stream.device)
         torch.mm(few, few)
@@ -48,8 +48,7 @@ class Graphs:
         if capture:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
-            with _CAPTURING:
-                make_workspace(self._stream)
+            make_workspace(self._stream)
 
     def add(self, work: Work, *, warm: bool = True) -> Work:
         """What to call to run `work`: a graph's replay, or `work` itself where nothing is captured.

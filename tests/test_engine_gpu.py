@@ -210,6 +210,7 @@ def test_engines_one_after_the_other_leave_no_memory_behind(figures: dict[str, A
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_frames_leave_before_the_decode_ends(gpu_engine: Callable[..., Engine]) -> None:
     engine = gpu_engine(steps=1, precision="fp32", height=768, width=448)
     session = engine.session(portrait())

@@ -188,6 +188,7 @@ def test_a_products_rate() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_call_that_the_host_launches_slowly_is_timed_by_the_device() -> None:
     """Also where it shall run until the clocks settle: 0.1255 ms were once read of one that takes 0.09."""
     device = torch.device("cuda")

@@ -112,6 +112,7 @@ class Engine:
         self._weights = model.dit.dtype, model.dit.fp8
         # Few small kernels, which would queue behind denoising's, that fill the device.
         self.audio_lane = Lane(self.device, priority=-1)
+        self.audio_lane.prepare_products()
         # On a CUDA device a session hears ahead: the next chunk's audio features overlap this chunk.
         self.hears_ahead = self.device.type == "cuda"
         self._lock = threading.Lock()  # of the stages

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..graphs.capture import make_workspace
+
 
 class Lane:
     """Work that may overlap the current stream's.  Several threads may use one lane."""
@@ -14,6 +16,11 @@ class Lane:
     def __init__(self, device: torch.device, priority: int = 0) -> None:
         """priority: the stream's; kernels of -1 start before waiting ones of 0, where streams compute."""
         self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
+
+    def prepare_products(self) -> None:
+        """For a lane that networks run on: see `make_workspace`."""
+        if self._stream is not None:
+            make_workspace(self._stream)
 
     @contextmanager
     def use(self) -> Iterator[None]:
