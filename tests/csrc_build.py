@@ -58,6 +58,20 @@ def machine_code(binary: Path) -> str:
     return subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
 
 
+def kernel_code(name: str, folder: Path) -> str:
+    """The machine code of csrc/kernels/`name`.cu alone, compiled into `folder`.  A warning, or products that
+    ptxas serialised, is an error."""
+    binary = folder / f"{name}.cubin"
+    flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Werror=all-warnings"]
+    source = CSRC / "kernels" / f"{name}.cu"
+    done = subprocess.run(
+        ["nvcc", *flags, "-Xptxas=-warn-spills", f"-I{CSRC}", "-cubin", "-o", binary, source],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "serialized" not in done.stdout + done.stderr
+    return machine_code(binary)
+
+
 def run_model(name: str, folder: Path) -> str:
     """Compile csrc/tests/`name`.cpp into `folder` and run it: its output.  A warning is an error."""
     program = folder / name

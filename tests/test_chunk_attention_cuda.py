@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from csrc_build import CSRC, machine_code, needs_cxx, needs_nvcc, run_model
+from csrc_build import kernel_code, needs_cxx, needs_nvcc, run_model
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -39,14 +38,8 @@ def test_the_model_of_the_hardware_gives_the_plain_sum(tmp_path: Path) -> None:
 @needs_nvcc
 def test_the_softmax_falls_between_the_products(tmp_path: Path) -> None:
     """In machine code: next scores and last sums are asked for, then the exponentials, then a wait."""
-    kernel = tmp_path / "kernel.cubin"
-    flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Werror=all-warnings"]
-    source = CSRC / "kernels" / "chunk_attention.cu"
-    subprocess.run(
-        ["nvcc", *flags, "-Xptxas=-warn-spills", f"-I{CSRC}", "-cubin", "-o", kernel, source], check=True
-    )
     found = {}
-    for part in machine_code(kernel).split("Function : ")[1:]:
+    for part in kernel_code("chunk_attention", tmp_path).split("Function : ")[1:]:
         keys = int(re.findall(r"TileILi(\d+)E", part)[0])
         code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", part, re.MULTILINE)
         found[keys] = code

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from csrc_build import CSRC, machine_code, needs_cxx, needs_nvcc, run_model
+from csrc_build import kernel_code, needs_cxx, needs_nvcc, run_model
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -34,15 +33,7 @@ def test_the_model_of_the_hardware_gives_the_plain_sums(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @needs_nvcc
 def test_the_machine_code_keeps_a_tile_in_registers(tmp_path: Path) -> None:
-    binary = tmp_path / "kernel.cubin"
-    flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Werror=all-warnings"]
-    source = CSRC / "kernels" / "cross_attention.cu"
-    done = subprocess.run(
-        ["nvcc", *flags, "-Xptxas=-warn-spills", f"-I{CSRC}", "-cubin", "-o", binary, source],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "serialized" not in done.stdout + done.stderr
-    (part,) = machine_code(binary).split("Function : ")[1:]
+    (part,) = kernel_code("cross_attention", tmp_path).split("Function : ")[1:]
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", part, re.MULTILINE)
 
     def at(pattern: str) -> list[int]:

@@ -1,4 +1,4 @@
-// The hardware as the PTX ISA describes it, as far as attention uses it: TMA, wgmma, mbarrier, on the CPU.
+// The hardware as the PTX ISA describes it, as far as attention uses it: TMA and wgmma, on the CPU.
 #pragma once
 
 #include <array>
@@ -94,20 +94,5 @@ inline std::array<std::array<float, kMmaK>, 64> from_registers(const std::vector
         }
     return a;
 }
-
-// mbarrier: a phase completes when its arrivals and bytes are in; a wait for a parity passes when the phase
-// of that parity was the last to complete (before the first, that is parity 1).
-struct Barrier {
-    int arrivals, pending, phase = 0;
-    explicit Barrier(int count) : arrivals(count), pending(count) {}
-    void arrive() {
-        CHECK(pending > 0, "one arrival too many");
-        if (--pending == 0) {
-            pending = arrivals;
-            ++phase;
-        }
-    }
-    bool passed(uint32_t parity) const { return ((phase + 1) & 1) == static_cast<int>(parity); }
-};
 
 }  // namespace flashtalk::attention

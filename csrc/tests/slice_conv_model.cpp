@@ -207,21 +207,6 @@ void convolve(const SliceConvShape& shape, std::mt19937& random) {
                 }
 }
 
-// mbarrier: a phase completes when its arrivals and bytes are in; a wait for a parity passes when the phase
-// of that parity was the last to complete (before the first, that is parity 1).
-struct Barrier {
-    int arrivals, pending, phase = 0;
-    explicit Barrier(int count) : arrivals(count), pending(count) {}
-    void arrive() {
-        CHECK(pending > 0, "one arrival too many");
-        if (--pending == 0) {
-            pending = arrivals;
-            ++phase;
-        }
-    }
-    bool passed(uint32_t parity) const { return ((phase + 1) & 1) == static_cast<int>(parity); }
-};
-
 // The kernel's order of waits and arrivals, its threads in random order: nobody may hang, read a stage before
 // it is filled or have it overwritten while products may read it.
 template <class Tile>
