@@ -24,7 +24,8 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/typecheck
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m 'not alone' -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -q -m alone
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo.mp4 demo.png

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -28,13 +29,28 @@ def make_workspace(stream: torch.cuda.Stream) -> None:
         torch.mm(few, few)
 
 
+class Replay:
+    """What `Graphs.add` returns: a graph, and the pool in which its tensors lie.
+
+    A pool that is destroyed before its last graph ends the process, so whoever holds a graph holds the pool,
+    and lets go of the graph first: attributes go in the order in which they were set.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool) -> None:
+        self._graph, self._pool = graph, pool
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
 class Graphs:
     """Makes callables ready to run again and again: captured as CUDA graphs, or left as they are.
 
     A callable takes nothing and returns nothing: it reads and writes static buffers that outlive the
     graphs, launches on the current stream only, and neither synchronises nor copies from the host.  Because
     nothing else passes between graphs, all of them share one memory pool, and they may be replayed in any
-    order, one at a time.  Several threads may add, each to its own `Graphs`.
+    order, one at a time: a tensor that one graph allocates and a later one uses must be let go of only when
+    whatever may run between the two is captured.  Several threads may add, each to its own `Graphs`.
     """
 
     def __init__(self, device: torch.device, capture: bool) -> None:
@@ -46,7 +62,7 @@ class Graphs:
         self.captured = capture
         self._graphs: list[torch.cuda.CUDAGraph] = []
         if capture:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool = torch.cuda.MemPool()
             self._stream = torch.cuda.Stream(device)
             make_workspace(self._stream)
 
@@ -63,23 +79,25 @@ class Graphs:
         with _CAPTURING:
             graph = self._capture(work, warm)
         self._graphs.append(graph)
-        return graph.replay
+        return Replay(graph, self._pool)
 
     def _capture(self, work: Work, warm: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         device = self._stream.device
-        # What other streams hold in reserve is of no use to this one, whose warm-up would take as much again.
+        # What is held in reserve elsewhere is of no use to the pool.
         torch.cuda.empty_cache()
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            if warm:
-                work()
+            if warm:  # in the pool, which has, or then keeps, what this takes
+                with torch.cuda.use_mem_pool(self._pool, device):
+                    work()
             # The first graph of a process makes the default generator's seed tensors, which every capture
             # writes to; made in inference mode, they break later captures outside it (pytorch#166792).
             with torch.inference_mode(False):
                 graph.register_generator_state(torch.cuda.default_generators[device.index])
-        # Entering it synchronises and returns the warm-up's memory.  Other threads may go on using CUDA.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        pool = cast(Any, self._pool.id)  # torch annotates it as a type that nothing of torch returns
+        # Other threads may go on using CUDA.
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         torch.cuda.current_stream(device).wait_stream(self._stream)
         return graph
@@ -100,4 +118,5 @@ class Graphs:
             torch.cuda.synchronize(self._stream.device)
             while self._graphs:  # none outlives its turn, as a loop's variable would
                 self._graphs.pop().reset()
+            del self._pool
             torch.cuda.empty_cache()

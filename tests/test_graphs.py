@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
@@ -128,7 +130,7 @@ def test_capture_on_a_cpu_is_refused() -> None:
 
 def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls to torch.cuda, stood in for: what the side stream keeps is made first; warm up and capture on
-    it, after what came before, one pool for all graphs, the generator made known to each outside inference
+    it, after what came before, in one pool for all graphs, the generator made known to each outside inference
     mode, and no further call of the callable."""
     events: list[str] = []
     modes: list[bool] = []
@@ -139,7 +141,9 @@ def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     fake.graph.return_value.__exit__ = lambda *_: events.append("end")
     register = fake.CUDAGraph.return_value.register_generator_state
     register.side_effect = lambda _: modes.append(torch.is_inference_mode_enabled())
-    used = ("Stream", "current_stream", "stream", "graph", "CUDAGraph", "graph_pool_handle")
+    fake.use_mem_pool.return_value.__enter__ = lambda *_: events.append("into the pool")
+    fake.use_mem_pool.return_value.__exit__ = lambda *_: events.append("out of it")
+    used = ("Stream", "current_stream", "stream", "graph", "CUDAGraph", "MemPool", "use_mem_pool")
     for name in (*used, "default_generators"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     for name in ("synchronize", "empty_cache"):
@@ -150,10 +154,12 @@ def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         replays = [graphs.add(lambda: events.append("work"), warm=warm) for warm in (True, False)]
     captured = ["capture", "work", "end", "current waits"]
     begin = ["empty_cache", "side waits"]
-    assert events == ["workspace", *begin, "work", *captured, *begin, *captured]
+    warmed = ["into the pool", "work", "out of it"]
+    assert events == ["workspace", *begin, *warmed, *captured, *begin, *captured]
     assert modes == [False, False]
     pools = {call.kwargs["pool"] for call in fake.graph.call_args_list}
-    assert pools == {fake.graph_pool_handle.return_value} and fake.graph_pool_handle.call_count == 1
+    assert pools == {fake.MemPool.return_value.id} and fake.MemPool.call_count == 1
+    assert fake.use_mem_pool.call_args.args[0] is fake.MemPool.return_value
     streams = {call.kwargs["stream"] for call in fake.graph.call_args_list}
     assert streams == {fake.Stream.return_value}
     del events[:]
@@ -230,3 +236,63 @@ def test_the_graphs_share_one_pool_and_close_returns_it(graphs: Graphs) -> None:
     assert 0 < held <= 3 * x.nbytes, "four graphs hold the temporaries of one"
     graphs.close()
     assert torch.cuda.memory_reserved(GPU) <= before
+
+
+@pytest.mark.gpu
+def test_what_is_captured_later_warms_up_in_the_memory_of_what_was_before(graphs: Graphs) -> None:
+    buffers = Buffers(GPU)
+    x = buffers.zeros("x", (64 << 20,), torch.float32)
+    graphs.add(lambda: x.copy_(x.sin().cos()))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved(GPU)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    graphs.add(lambda: x.copy_(x.cos().sin()))
+    assert torch.cuda.max_memory_reserved(GPU) == held
+
+
+@pytest.mark.gpu
+def test_one_graph_leaves_a_tensor_to_the_next_and_a_third_has_its_memory(graphs: Graphs) -> None:
+    """As a chunk's decoding leaves what the VAE remembers."""
+    x = Buffers(GPU).zeros("x", (64 << 20,), torch.float32)
+    left: list[Tensor] = []
+
+    def leave(factor: float) -> None:
+        left.clear()
+        left.append(x * factor)
+
+    first, second = graphs.add(lambda: leave(3)), graphs.add(lambda: x.copy_(left[0] + 1))
+    address = left[0].data_ptr()
+    left.clear()
+    held = torch.cuda.memory_reserved(GPU)
+    third = graphs.add(lambda: leave(5))
+    assert left[0].data_ptr() == address and torch.cuda.memory_reserved(GPU) == held
+    x.fill_(1)
+    for _ in range(2):  # 1 -> 4 -> 13, whatever the third leaves in that memory
+        first()
+        second()
+        third()
+    assert x[0].item() == 13 and x[-1].item() == 13
+    left.clear()
+
+
+@pytest.mark.gpu
+def test_graphs_that_nobody_closes_do_not_end_the_process() -> None:
+    """A pool that is destroyed before its graphs aborts: whoever holds a graph holds the pool."""
+    code = """
+import torch
+from flashtalk_rt.graphs.capture import Graphs
+x = torch.zeros(1 << 20, device="cuda")
+def make():
+    graphs = Graphs(torch.device("cuda", 0), capture=True)
+    return graphs.add(lambda: x.copy_(x + 1)), graphs
+replay, graphs = make()
+del graphs
+replay()
+kept, unclosed = make()
+kept.myself = unclosed.myself = (kept, unclosed)
+kept()
+print(x[0].item())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "4.0\n"), ran.stderr

@@ -14,6 +14,7 @@ import pytest
 ASSETS = Path(__file__).parents[1] / "flashtalk_rt" / "assets"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("steps", "limit_s"), [(8, 3.0), (24, 6.0)])
 def test_generate_keeps_its_budget(
     steps: int, limit_s: float, tmp_path: Path, figures: dict[str, Any]

@@ -222,10 +222,13 @@ class DiT(nn.Module):
         names; `chunk_frames`: latent frames a chunk, or None.  H and W even.  Returns [B, 16, T, H, W].
         """
         step = self.step_constants(t, latent.shape[2:]) if isinstance(t, Tensor) else t
-        x = self.patch_embedding(torch.cat((latent, y), dim=1).to(self.dtype))
-        grid = (x.shape[2], x.shape[3], x.shape[4])
+        frames = torch.cat((latent, y), dim=1).to(self.dtype).transpose(1, 2)
+        patches = F.pixel_unshuffle(frames, self.PATCH[-1]).movedim(2, -1)
+        grid = (patches.shape[1], patches.shape[2], patches.shape[3])
+        # A convolution that steps by its own size is a product, and the product leaves contiguous tokens.
+        weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         # Under autocast the residual stream stays in the parameters' precision.
-        x = x.flatten(2).transpose(1, 2).to(self.dtype)
+        x = F.linear(patches.flatten(1, 3), weight, bias).to(self.dtype)
         chunk_tokens = None if chunk_frames is None else chunk_frames * grid[1] * grid[2]
         blocks, modulations = self._blocks(), step.modulations.layers
         norms = [

@@ -225,7 +225,7 @@ class VAE(nn.Module):
         """What to allocate as rooms for `decode_step` of latents like this one, at the start and later: on
         the meta device, a tensor for the input of each convolution, which every step makes again in place."""
         _, cache = self.decode_step(latent[:, :, :1], None)
-        cursor = CacheCursor(cache)
+        cursor = CacheCursor(cache, keep=False)
         self.decoder(latent.to(self.dtype, memory_format=torch.channels_last_3d), cursor)
         rooms = []
         for layer, future in enumerate(cursor.future):

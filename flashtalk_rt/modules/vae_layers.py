@@ -22,7 +22,8 @@ class CacheCursor:
 
     rooms: a tensor a layer, for what the layer remembers and the frames of one call in front of it.  The
     future then lies in the rooms' last frames, and the past may lie there until then.
-    keep: whether anything comes after; if not, no future is held while the pass goes on.
+    keep: whether anything comes after; if not, only what the future would look like is kept, on the meta
+    device.
     """
 
     def __init__(self, cache: Cache | None, rooms: list[Tensor] | None = None, *, keep: bool = True) -> None:
@@ -50,7 +51,7 @@ class CacheCursor:
             if future.data_ptr() != room.data_ptr():
                 room.copy_(future)  # a layer that asked for no room
             future = room
-        self.future.append(future if self._keep else None)
+        self.future.append(future if self._keep else future.to("meta"))
 
 
 class RMSNorm(nn.Module):

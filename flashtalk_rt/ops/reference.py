@@ -12,8 +12,13 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D], weight [D] -> x / rms(x) * weight, in x's dtype."""
-    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+    """x [..., D], weight [D] -> x / rms(x) * weight, in x's dtype; float64 is computed in float64.
+
+    Not F.rms_norm, whose bits these are on a CPU: where D is symbolic, as torch.compile may have it, the one
+    of torch 2.11 takes a pointer for it on a CUDA device.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -74,8 +79,8 @@ def qk_norm_rope(x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int
     x [B, L, H*D], weight [H*D], table [L, D/2, 2] float32 from `rope_table` or None for no rotation
     -> [B, L, H, D].
     """
-    batch, length, width = x.shape
-    normed = F.rms_norm(x.float(), (width,), weight.float(), eps)
+    batch, length, _ = x.shape
+    normed = rms_norm(x.float(), weight, eps)
     if table is None:
         return normed.view(batch, length, num_heads, -1).to(x.dtype)
     pairs = normed.view(batch, length, num_heads, -1, 2)

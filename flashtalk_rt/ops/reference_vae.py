@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference import rms_norm
+
 # The published norm divides by max(|x|, 1e-12); |x| = sqrt(C) rms(x), so this only keeps an all-zero pixel
 # zero, as that clamp does.
 EPS = 1e-24
@@ -31,7 +33,7 @@ def norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None, bias: Tensor | None
     """[past, silu(RMSNorm(x + bias))] along time."""
     if bias is not None:
         x = x + bias.view(-1, 1, 1, 1)
-    return with_past(F.silu(F.rms_norm(x.movedim(1, -1), x.shape[1:2], gamma, EPS)).movedim(-1, 1), past)
+    return with_past(F.silu(rms_norm(x.movedim(1, -1), gamma, EPS)).movedim(-1, 1), past)
 
 
 def add_norm_silu(

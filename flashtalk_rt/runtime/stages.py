@@ -24,7 +24,6 @@ from ..modules.color import ColorReference
 from ..modules.dit_layers import StepConstants
 from ..modules.model import Model
 from ..modules.schedule import Past, advance
-from ..modules.vae import Cache
 from .lane import Lane
 from .timing import StageClock
 
@@ -96,8 +95,10 @@ class Stages:
         )
         self._latent_frame = buffers.like("latent_frame", self._latent[:, :, :1])
         # What the VAE remembers lies in the convolutions' inputs, 4 GB of them at 768 x 448: 2.5 more than
-        # what is remembered, for which nothing is copied between two latent frames.
-        self._rooms = buffers.like("vae", model.vae.decoding_rooms(self._latent_frame))
+        # what is remembered, for which nothing is copied between two latent frames.  Decoding the first
+        # latent frame makes them: no longer than a chunk's decoding lasts, captured work needs their memory.
+        self._rooms: list[Tensor] = []
+        self._rooms_layout = model.vae.decoding_rooms(self._latent_frame)
         first, later = self._decoding_buffers()
         height, width = first.shape[3:]
         self._frames = buffers.zeros("frames", (1, 3, stream.frames, height, width), torch.float32)
@@ -107,6 +108,9 @@ class Stages:
 
         self.graphs = graphs = Graphs(device, capture)
         # First what takes most memory, which the others then use again.
+        self._blocks = self._make_blocks(first, later)
+        if graphs.captured:
+            self._rooms.clear()
         self._encode = graphs.add(
             lambda: copy_tree(self._motion, model.vae.encode(self._frames[:, :, -stream.motion_frames :]))
         )
@@ -120,7 +124,6 @@ class Stages:
                 (None, *times), itertools.pairwise(times), self._schedule, strict=False
             )
         ]
-        self._blocks = self._make_blocks(first, later)
         self._copies = Lane(device)
 
     def run(
@@ -151,6 +154,7 @@ class Stages:
     def close(self) -> None:
         """Destroy the graphs, then let go of the buffers and weights; nothing may be called any more."""
         del self._audio_context, self._steps, self._blocks, self._encode  # they hold the graphs
+        self._rooms.clear()
         self.graphs.close()
         self.buffers.close()
         self._weights.clear()
@@ -231,9 +235,17 @@ class Stages:
         if self._velocity is not None:
             self._velocity.copy_(velocity)
 
-    def _decode(self, into: Tensor, past: Cache | None) -> None:
-        frames, _ = self._model.vae.decode_step(self._latent_frame, past, clamp=True, rooms=self._rooms)
-        into.copy_(frames)
+    def _decode_first(self) -> Tensor:
+        """The frame of a chunk's first latent frame, in new rooms."""
+        rooms, device = self._rooms, self._latent.device
+        rooms.clear()
+        rooms += (torch.empty_like(room, device=device) for room in self._rooms_layout)
+        return self._model.vae.decode_step(self._latent_frame, None, clamp=True, rooms=rooms)[0]
+
+    def _decode_later(self) -> Tensor:
+        """The frames of any other."""
+        vae, rooms = self._model.vae, self._rooms
+        return vae.decode_step(self._latent_frame, vae.remembered(rooms), clamp=True, rooms=rooms)[0]
 
     def _color(self, decoded: Tensor, frames: Tensor, pixels: Tensor) -> None:
         self._constants.color.match(decoded, (frames, pixels[None]))
@@ -258,18 +270,18 @@ class Stages:
 
     def _decoding_buffers(self) -> tuple[Tensor, Tensor]:
         """For the frames of the first latent frame and of a later one."""
-        # Decoding two frames of nothing tells the shapes; in the rooms, as a cache beside them is 6 GB more.
-        vae, rooms = self._model.vae, self._rooms
-        first, cache = vae.decode_step(self._latent_frame, None, clamp=True, rooms=rooms)
-        later, _ = vae.decode_step(self._latent_frame, cache, clamp=True, rooms=rooms)
-        return self.buffers.like("first.decoded", first), self.buffers.like("later.decoded", later)
+        # Decoding two frames of nothing tells the shapes.
+        first = self.buffers.like("first.decoded", self._decode_first())
+        later = self.buffers.like("later.decoded", self._decode_later())
+        self._rooms.clear()
+        return first, later
 
     def _make_blocks(self, first: Tensor, later: Tensor) -> tuple[Block, ...]:
         """A block for every latent frame, the first decoded into `first` and each other into `later`."""
         graphs = self.graphs
         decodes = (
-            graphs.add(functools.partial(self._decode, first, None)),
-            graphs.add(functools.partial(self._decode, later, self._model.vae.remembered(self._rooms))),
+            graphs.add(lambda: copy_tree(first, self._decode_first())),
+            graphs.add(lambda: copy_tree(later, self._decode_later())),
         )
         blocks, end = [], 0
         for i in range(self._latent.shape[2]):
