@@ -17,6 +17,12 @@ Work = Callable[[], None]
 _CAPTURING = threading.Lock()
 
 
+def release_memory() -> None:
+    """Return what torch holds in reserve on CUDA devices to them, at a moment when no thread captures."""
+    with _CAPTURING:
+        torch.cuda.empty_cache()
+
+
 def make_workspace(stream: torch.cuda.Stream) -> None:
     """Have cuBLAS make what it keeps for `stream` as long as the process lives: 34 MB, alone in their block.
 

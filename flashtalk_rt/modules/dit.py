@@ -9,7 +9,7 @@ the size alone, by `step_constants`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,14 @@ class Block(nn.Module):
         """Those that may be float8: also the keys and values of text and image, which a session computes
         once, as they are 8 GB at the published size in bfloat16."""
         return [layer for layer in self.modules() if isinstance(layer, Linear)]
+
+    def quantize(self) -> None:
+        """Have the large projections hold float8, all of it made before any old weight is let go of: none of
+        it then lies in old weights' memory."""
+        layers = self.large_projections()
+        weights = [ops.quantize(layer.weight) for layer in layers]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.hold(weight)
 
     def forward(
         self,
@@ -143,10 +151,14 @@ class DiT(nn.Module):
         """Every block's."""
         return [layer for block in self._blocks() for layer in block.large_projections()]
 
-    def prepare(self, dtype: torch.dtype, *, fp8: bool) -> None:
+    def prepare(self, dtype: torch.dtype, *, fp8: bool, release: Callable[[], object] = lambda: None) -> None:
         """Make the weights ready for inference, in place, where they will be used: in `dtype`, the large
         projections in float8 where `fp8` asks for it (there is no way back), and one matrix for each
-        block's q, k and v.  ValueError: float8 without bfloat16, what its products return."""
+        block's q, k and v.  ValueError: float8 without bfloat16, what its products return.
+
+        release: called when weights were let go of, to return their memory to the device.  Without, new
+        weights lie in parts of old ones' memory, and the rest is of no use: 3.8 GB at the published size.
+        """
         if fp8 and dtype != torch.bfloat16:
             raise ValueError(f"float8 goes with bfloat16, not with {dtype}")
         for module in self.modules():
@@ -156,11 +168,12 @@ class DiT(nn.Module):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(dtype)
         self.eval().requires_grad_(False)
-        if fp8 and not self.fp8:
-            for layer in self.large_projections():
-                layer.hold(ops.quantize(layer.weight))
         for block in self._blocks():
+            if fp8 and not block.fp8:
+                block.quantize()
+                release()
             block.self_attn.fuse()
+            release()
 
     def context(self, text: Tensor, image: Tensor) -> list[LayerContext]:
         """Every layer's text and image keys and values: constant over a session.

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import SIZE_MULTIPLE, Precision
 from ..errors import InputError
 from ..graphs.buffers import layout
+from ..graphs.capture import release_memory
 from ..modules.audio import audio_windows, normalize_loudness
 from ..modules.chunk import NoiseSource, Reference, reference_latent
 from ..modules.color import ColorReference
@@ -107,7 +108,8 @@ class Engine:
         self.capture = self.device.type == "cuda" if capture is None else capture
         if self.capture and self.device.type != "cuda":
             raise InputError(f"capture is True, but {self.device} has no CUDA graphs; leave it out, or False")
-        model.dit.prepare(DTYPES[self.precision], fp8=self.precision == "fp8")
+        release = release_memory if self.device.type == "cuda" else lambda: None
+        model.dit.prepare(DTYPES[self.precision], fp8=self.precision == "fp8", release=release)
         model.vae.to(vae_dtype(self.precision, self.device)).eval().requires_grad_(False).prepare()
         self._weights = model.dit.dtype, model.dit.fp8
         # Few small kernels, which would queue behind denoising's, that fill the device.
