@@ -23,6 +23,7 @@ from .vae_layers import (
     Downsample,
     ResidualBlock,
     RMSNorm,
+    RoomPlanner,
     SpatialAttention,
     Sum,
     Upsample,
@@ -225,15 +226,9 @@ class VAE(nn.Module):
         """What to allocate as rooms for `decode_step` of latents like this one, at the start and later: on
         the meta device, a tensor for the input of each convolution, which every step makes again in place."""
         _, cache = self.decode_step(latent[:, :, :1], None)
-        cursor = CacheCursor(cache, keep=False)
-        self.decoder(latent.to(self.dtype, memory_format=torch.channels_last_3d), cursor)
-        rooms = []
-        for layer, future in enumerate(cursor.future):
-            assert future is not None
-            shape = (*future.shape[:2], cursor.inputs.get(layer, future.shape[2]), *future.shape[3:])
-            ndhwc = torch.channels_last_3d
-            rooms.append(torch.empty(shape, dtype=future.dtype, device="meta", memory_format=ndhwc))
-        return rooms
+        planner = RoomPlanner(cache)
+        self.decoder(latent.to(self.dtype, memory_format=torch.channels_last_3d), planner)
+        return planner.rooms
 
     @staticmethod
     def remembered(rooms: list[Tensor]) -> Cache:

@@ -22,8 +22,7 @@ class CacheCursor:
 
     rooms: a tensor a layer, for what the layer remembers and the frames of one call in front of it.  The
     future then lies in the rooms' last frames, and the past may lie there until then.
-    keep: whether anything comes after; if not, only what the future would look like is kept, on the meta
-    device.
+    keep: whether anything comes after; if not, no future is held while the pass goes on.
     """
 
     def __init__(self, cache: Cache | None, rooms: list[Tensor] | None = None, *, keep: bool = True) -> None:
@@ -51,7 +50,22 @@ class CacheCursor:
             if future.data_ptr() != room.data_ptr():
                 room.copy_(future)  # a layer that asked for no room
             future = room
-        self.future.append(future if self._keep else future.to("meta"))
+        self.future.append(future if self._keep else None)
+
+
+class RoomPlanner(CacheCursor):
+    """Notes the rooms that a pass like this one needs, on the meta device, and holds no future."""
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(cache)
+        self.rooms: list[Tensor] = []
+
+    def put(self, future: Tensor) -> None:
+        frames = self.inputs.get(len(self.future), future.shape[2])
+        shape = (*future.shape[:2], frames, *future.shape[3:])
+        ndhwc = torch.channels_last_3d
+        self.rooms.append(torch.empty(shape, dtype=future.dtype, device="meta", memory_format=ndhwc))
+        self.future.append(None)
 
 
 class RMSNorm(nn.Module):
