@@ -13,7 +13,7 @@ from flashtalk_rt import ops
 from flashtalk_rt.config import VAEConfig
 from flashtalk_rt.errors import InputError
 from flashtalk_rt.modules import vae_layers
-from flashtalk_rt.modules.vae import VAE, CacheCursor
+from flashtalk_rt.modules.vae import VAE, CacheCursor, Encoder
 from flashtalk_rt.ops import reference_vae as reference
 
 pixel_attention = importlib.import_module("flashtalk_rt.ops.pixel_attention")  # not the function
@@ -315,6 +315,30 @@ def test_decoding_in_rooms_is_decoding(kernels: bool, request: pytest.FixtureReq
         assert torch.equal(found, frames)
         for mine, there, expected in zip(future, lying, cache, strict=True):
             assert mine.data_ptr() == there.data_ptr() and torch.equal(mine, expected)
+
+
+def test_encoding_holds_what_is_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless gradients need it all; and the last frames are followed by none."""
+    futures: list[list[Tensor | None]] = []
+    encoder = Encoder.forward
+
+    def noting(self: Encoder, x: Tensor, cursor: CacheCursor) -> Tensor:
+        out = encoder(self, x, cursor)
+        futures.append(cursor.future)
+        return out
+
+    monkeypatch.setattr(Encoder, "forward", noting)
+    vae, video = random_vae(), normal(1, 3, 13, 16, 24).tanh()
+    with torch.no_grad():
+        alone = vae.encode(video)
+    torch.testing.assert_close(vae.encode(video), alone, rtol=0, atol=0)
+    for pass_, future in enumerate(futures):
+        for tensor in future:
+            if pass_ in (2, 5):
+                assert tensor is None
+            else:
+                assert tensor is not None
+                assert (tensor.untyped_storage().nbytes() == tensor.nbytes) == (pass_ < 2), pass_
 
 
 @pytest.mark.gpu

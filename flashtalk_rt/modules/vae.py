@@ -186,8 +186,9 @@ class VAE(nn.Module):
         # The first frame alone would not fill a large GPU, so it takes the next ones with it.
         for start in (0, *range(1 + step, frames, step)):
             end = start + step if start else 1 + step
-            # The future is a view of every convolution's input: 2 GB of the last 4 frames at 768 x 448.
-            cursor = CacheCursor(cache, keep=end < frames)
+            # The futures are views of the convolutions' inputs: 2 GB of 4 frames at 768 x 448, beside as much
+            # of the frames before.  Gradients need the inputs anyway.
+            cursor = CacheCursor(cache, keep=end < frames, copy=not torch.is_grad_enabled())
             parts.append(self.encoder(video[:, :, start:end], cursor))
             cache = cursor.future
         mean, logvar = self.conv1(torch.cat(parts, dim=2)).chunk(2, dim=1)

@@ -23,11 +23,19 @@ class CacheCursor:
     rooms: a tensor a layer, for what the layer remembers and the frames of one call in front of it.  The
     future then lies in the rooms' last frames, and the past may lie there until then.
     keep: whether anything comes after; if not, no future is held while the pass goes on.
+    copy: hold copies of the futures, not views, which keep whole inputs of convolutions.
     """
 
-    def __init__(self, cache: Cache | None, rooms: list[Tensor] | None = None, *, keep: bool = True) -> None:
+    def __init__(
+        self,
+        cache: Cache | None,
+        rooms: list[Tensor] | None = None,
+        *,
+        keep: bool = True,
+        copy: bool = False,
+    ) -> None:
         self._past = cache
-        self._rooms, self._keep = rooms, keep
+        self._rooms, self._keep, self._copy = rooms, keep, copy
         self.future: Cache = []
         self.inputs: dict[int, int] = {}  # layer -> frames of its convolution's input, if it asked for room
 
@@ -50,6 +58,8 @@ class CacheCursor:
             if future.data_ptr() != room.data_ptr():
                 room.copy_(future)  # a layer that asked for no room
             future = room
+        if self._keep and self._copy:
+            future = future.clone(memory_format=torch.channels_last_3d)
         self.future.append(future if self._keep else None)
 
 
