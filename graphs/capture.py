@@ -53,10 +53,10 @@ class Graphs:
     """Makes callables ready to run again and again: captured as CUDA graphs, or left as they are.
 
     A callable takes nothing and returns nothing: it reads and writes static buffers that outlive the
-    graphs, launches on the current stream only, and neither synchronises nor copies from the host.  Because
-    nothing else passes between graphs, all of them share one memory pool, and they may be replayed in any
-    order, one at a time: a tensor that one graph allocates and a later one uses must be let go of only when
-    whatever may run between the two is captured.  Several threads may add, each to its own `Graphs`.
+    graphs, launches on the current stream only, and neither synchronises nor copies from the host.  All
+    graphs share one memory pool; as long as they pass on nothing else, they may be replayed in any order, one
+    at a time.  A tensor that one graph allocates and a later one uses must be held until whatever may run
+    between the two is captured.  Several threads may add, each to its own `Graphs`.
     """
 
     def __init__(self, device: torch.device, capture: bool) -> None:
@@ -67,8 +67,10 @@ class Graphs:
             )
         self.captured = capture
         self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool: torch.cuda.MemPool | None = None
         if capture:
-            self._pool = torch.cuda.MemPool()
+            with torch.cuda.device(device):  # whose pool it becomes
+                self._pool = torch.cuda.MemPool()
             self._stream = torch.cuda.Stream(device)
             make_workspace(self._stream)
 
@@ -80,14 +82,14 @@ class Graphs:
         buffers then hold whatever that run left in them.  warm=False leaves that run out, for work that
         launches nothing that was not launched before, on the same shapes.
         """
-        if not self.captured:
+        if self._pool is None:
             return work
         with _CAPTURING:
-            graph = self._capture(work, warm)
+            graph = self._capture(work, warm, self._pool)
         self._graphs.append(graph)
         return Replay(graph, self._pool)
 
-    def _capture(self, work: Work, warm: bool) -> torch.cuda.CUDAGraph:
+    def _capture(self, work: Work, warm: bool, pool: torch.cuda.MemPool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         device = self._stream.device
         # What is held in reserve elsewhere is of no use to the pool.
@@ -95,15 +97,15 @@ class Graphs:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             if warm:  # in the pool, which has, or then keeps, what this takes
-                with torch.cuda.use_mem_pool(self._pool, device):
+                with torch.cuda.use_mem_pool(pool, device):
                     work()
             # The first graph of a process makes the default generator's seed tensors, which every capture
             # writes to; made in inference mode, they break later captures outside it (pytorch#166792).
             with torch.inference_mode(False):
                 graph.register_generator_state(torch.cuda.default_generators[device.index])
-        pool = cast(Any, self._pool.id)  # torch annotates it as a type that nothing of torch returns
+        name = cast(Any, pool.id)  # annotated as what graph_pool_handle() returns, which is such an id
         # Other threads may go on using CUDA.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=name, stream=self._stream, capture_error_mode="thread_local"):
             work()
         torch.cuda.current_stream(device).wait_stream(self._stream)
         return graph
@@ -118,11 +120,11 @@ class Graphs:
 
         Waits for replays still running.  Does nothing a second time.
         """
-        if not self._graphs:
+        if self._pool is None:
             return
         with _CAPTURING:
             torch.cuda.synchronize(self._stream.device)
             while self._graphs:  # none outlives its turn, as a loop's variable would
                 self._graphs.pop().reset()
-            del self._pool
+            self._pool = None
             torch.cuda.empty_cache()

@@ -75,6 +75,7 @@ def test_what_is_decoded_is_remembered_in_the_rooms_alone(monkeypatch: pytest.Mo
     inputs = Inputs(engine)
     run_chunk(engine, inputs, inputs.constants.first_motion.float(), inputs.windows(), 0)
     assert in_rooms[0] is False and len(in_rooms) > 3 and all(in_rooms[1:])
+    assert engine._stages is not None and not engine._stages._rooms, "let go of when a chunk is decoded"
 
 
 def test_pixels_and_latents_outlive_the_next_chunk() -> None:

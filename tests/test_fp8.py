@@ -63,6 +63,14 @@ def test_the_large_projections_and_nothing_else_are_float8() -> None:
         DiT(tiny.DIT).prepare(torch.float32, fp8=True)
 
 
+def test_memory_is_released_where_weights_were_replaced_and_only_there() -> None:
+    dit, releases = DiT(tiny.DIT), []
+    for wanted in (2 * tiny.DIT.num_layers, 0):  # quantised and joined; nothing to do
+        releases.clear()
+        dit.prepare(torch.bfloat16, fp8=True, release=lambda: releases.append(1))
+        assert len(releases) == wanted
+
+
 def test_a_converted_folder_gives_what_quantising_at_load_gives(folder: Path) -> None:
     stored, quantised = load(folder / "fp8", "cpu"), load(folder / "tiny", "cpu")
     assert json.loads((folder / "fp8" / "flashtalk.json").read_text())["fp8"] is True

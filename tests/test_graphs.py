@@ -143,7 +143,7 @@ def test_how_a_callable_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     register.side_effect = lambda _: modes.append(torch.is_inference_mode_enabled())
     fake.use_mem_pool.return_value.__enter__ = lambda *_: events.append("into the pool")
     fake.use_mem_pool.return_value.__exit__ = lambda *_: events.append("out of it")
-    used = ("Stream", "current_stream", "stream", "graph", "CUDAGraph", "MemPool", "use_mem_pool")
+    used = ("Stream", "current_stream", "stream", "graph", "CUDAGraph", "MemPool", "use_mem_pool", "device")
     for name in (*used, "default_generators"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     for name in ("synchronize", "empty_cache"):

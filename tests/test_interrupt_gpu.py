@@ -108,7 +108,12 @@ def interrupt_after(session: Session, delay_s: float) -> Interrupt:
     return Interrupt(asked[0], returned)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=(pytest.mark.gpu, pytest.mark.alone))])
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.alone),
+        pytest.param("cuda", marks=(pytest.mark.gpu, pytest.mark.alone)),
+    ]
+)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     made = make_engine(request.param)
     yield made

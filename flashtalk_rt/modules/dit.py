@@ -156,8 +156,9 @@ class DiT(nn.Module):
         projections in float8 where `fp8` asks for it (there is no way back), and one matrix for each
         block's q, k and v.  ValueError: float8 without bfloat16, what its products return.
 
-        release: called when weights were let go of, to return their memory to the device.  Without, new
-        weights lie in parts of old ones' memory, and the rest is of no use: 3.8 GB at the published size.
+        release: called when a block's large weights were let go of, to return their memory to the device.
+        Without, new weights lie in parts of old ones' memory, and the rest is of no use: 3.8 GB at the
+        published size.
         """
         if fp8 and dtype != torch.bfloat16:
             raise ValueError(f"float8 goes with bfloat16, not with {dtype}")
@@ -172,8 +173,8 @@ class DiT(nn.Module):
             if fp8 and not block.fp8:
                 block.quantize()
                 release()
-            block.self_attn.fuse()
-            release()
+            if block.self_attn.fuse():
+                release()
 
     def context(self, text: Tensor, image: Tensor) -> list[LayerContext]:
         """Every layer's text and image keys and values: constant over a session.

@@ -85,10 +85,12 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self._fused: Fused | None = None
 
-    def fuse(self) -> None:
-        """Compute q, k and v as one product from now on: see `Fused`."""
-        if self._fused is None or not self._fused.holds(self.q):
-            self._fused = Fused(self.q, self.k, self.v)
+    def fuse(self) -> bool:
+        """Compute q, k and v as one product from now on: see `Fused`.  Whether they were not already."""
+        if self._fused is not None and self._fused.holds(self.q):
+            return False
+        self._fused = Fused(self.q, self.k, self.v)
+        return True
 
     @nvtx.range("dit/self_attention")
     def forward(self, x: Tensor | Quantized, table: Tensor, chunk_tokens: int | None) -> Tensor:

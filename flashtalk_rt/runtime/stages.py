@@ -221,8 +221,9 @@ class Stages:
                     clock.mark("first_frame")
                 clock.mark("last_frame")
                 sent = True
+        self._rooms.clear()
 
-    # The stages' callables.  They read and write buffers, and nothing else.
+    # The stages' callables.  They read and write buffers and, decoding, the rooms.
 
     def _step(self, before: float | None, t: float, s: float, constants: StepConstants) -> None:
         """`before`: the noise level of the step before, None in the first."""
