@@ -89,7 +89,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in config.stash.get(NOT_RUN, []):
         terminalreporter.write_line(line)
     name = config.getoption("--record")
-    if name is not None:
+    if name is not None and not hasattr(config, "workerinput"):  # a worker of pytest-xdist sums up a part
         counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in OUTCOMES}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         record = {
