@@ -9,6 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from flashtalk_rt.modules.model import Model
 from flashtalk_rt.runtime import Chunk, Engine, Session
 
 FRAME = 640  # samples
@@ -28,6 +29,14 @@ def speech(samples: int, seed: int = 0) -> Tensor:
 def small_engine(steps: int = 1) -> Engine:
     """The smallest size there is, so that a chunk takes a fraction of a second."""
     return Engine(tiny.model(), steps=steps, precision="fp32", height=16, width=16)
+
+
+def gpu_model(wide: bool = False) -> Model:
+    """The tiny random model, or the smallest that the kernels of `csrc` serve, on the GPU."""
+    model = tiny.model(dit=tiny.DIT_WIDE, vae=tiny.VAE_WIDE) if wide else tiny.model()
+    for network in model.networks():
+        network.to("cuda")
+    return model
 
 
 def frames_of(chunks: list[Chunk]) -> Tensor:

@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from plain_loop import Inputs, plain_chunk, run_chunk
-from streams import CHUNK, frames_of, portrait, push, small_engine, speech
+from streams import CHUNK, frames_of, gpu_model, portrait, push, small_engine, speech
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashtalk_rt.bench.models import random_dit, random_model
 from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
 from flashtalk_rt.graphs.capture import release_memory
-from flashtalk_rt.modules.model import Model
 from flashtalk_rt.runtime import Engine
 
 slice_conv = importlib.import_module("flashtalk_rt.ops.slice_conv")  # not the function
@@ -52,14 +50,6 @@ class Names(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.add(func.name())
         return func(*args, **(kwargs or {}))
-
-
-def gpu_model(wide: bool = False) -> Model:
-    """The tiny random model, or the smallest that the kernels of `csrc` serve, on the GPU."""
-    model = tiny.model(dit=tiny.DIT_WIDE, vae=tiny.VAE_WIDE) if wide else tiny.model()
-    for network in model.networks():
-        network.to("cuda")
-    return model
 
 
 @pytest.fixture

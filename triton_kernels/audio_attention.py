@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .key_attention import LOG2_E, attend_keys
+from .launching import launch
 from .specialization import Specialization
 
 
@@ -77,7 +78,8 @@ def audio_cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     length = q.shape[1] // frames
     out = torch.empty_like(q)
     tile = TILES[dim]
-    audio_cross_attention_kernel[(triton.cdiv(length, tile.queries), heads, batch * frames)](
+    launch(
+        audio_cross_attention_kernel, (triton.cdiv(length, tile.queries), heads, batch * frames),
         q, k, v, out, length, heads, dim**-0.5,
         D=dim, KEYS=keys, BLOCK_M=tile.queries, BLOCK_N=_block(keys), num_warps=tile.warps,
     )  # fmt: skip
@@ -89,7 +91,8 @@ def grouped_softmax(scores: Tensor, bias: Tensor, keys: int) -> Tensor:
     frames, length, width = scores.shape
     heads = width // keys
     out = torch.empty_like(scores)
-    grouped_softmax_kernel[(frames * length,)](
+    launch(
+        grouped_softmax_kernel, (frames * length,),
         scores, bias, out, length,
         KEYS=keys, HEADS=heads, BLOCK_N=triton.next_power_of_2(keys),
         BLOCK_H=triton.next_power_of_2(heads), num_warps=SOFTMAX_WARPS,

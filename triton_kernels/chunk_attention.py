@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .specialization import Specialization
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e)
@@ -203,7 +204,8 @@ def forward(
     block_d = max(16, triton.next_power_of_2(width))
     tile = fit(FORWARD[block_d, q.element_size()], min(chunks.queries, length), k.shape[1])
     chunk_tiles = triton.cdiv(chunks.queries, tile.queries)
-    forward_kernel[triton.cdiv(length, chunks.queries) * chunk_tiles, batch * heads](
+    launch(
+        forward_kernel, (triton.cdiv(length, chunks.queries) * chunk_tiles, batch * heads),
         q, k, v, q if key_length is None else key_length, q if key_bias is None else key_bias, out, lse,
         *strides(q), *strides(k), *strides(v), 0 if key_bias is None else key_bias.stride(0),
         heads, length, k.shape[1], *chunks, chunk_tiles,

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_attention import LOG2E, Chunks, Tile, dense, fit, load_tile, specializations, strides, types
+from .launching import launch
 from .specialization import Specialization
 
 # As `chunk_attention.FORWARD`; a tile's queries and keys are the same in both, whichever of them is walked.
@@ -319,9 +320,10 @@ def backward(
     size = block_d, q.element_size()
 
     if not bias_gradient:
-        delta_kernel[triton.cdiv(length, DELTA_ROWS), batch * heads](
+        launch(
+            delta_kernel, (triton.cdiv(length, DELTA_ROWS), batch * heads),
             out, grad, delta, *strides(grad), heads, length, D=width, BLOCK_M=DELTA_ROWS, BLOCK_D=block_d
-        )
+        )  # fmt: skip
     inputs = q, k, v, q if key_length is None else key_length, q if key_bias is None else key_bias
     steps = (
         *strides(q), *strides(k), *strides(v), *strides(grad),
@@ -335,7 +337,8 @@ def backward(
         (keys_kernel, keys_tile, keys, chunks.keys, keys_tile.keys, (dk, dv, dbias), {}),
     ):
         chunk_tiles = triton.cdiv(chunk, held)
-        kernel[triton.cdiv(total, chunk) * chunk_tiles, batch * heads](
+        launch(
+            kernel, (triton.cdiv(total, chunk) * chunk_tiles, batch * heads),
             *inputs, grad, lse, delta, *outputs, *steps, chunk_tiles,
             D=width, BLOCK_M=tile.queries, BLOCK_N=tile.keys, BLOCK_D=block_d,
             HAS_LENGTH=key_length is not None, HAS_BIAS=key_bias is not None, **more,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .specialization import Specialization
 
 BLOCK = 1024
@@ -204,12 +205,14 @@ def lab_moments(frames: Tensor) -> Tensor:
     blocks = triton.cdiv(pixels, BLOCK)
     moments = frames.new_empty((count, blocks, 6), dtype=torch.float32)
     combined = frames.new_empty((count, 2, 3), dtype=torch.float32)
-    lab_moments_kernel[(blocks, count)](
+    launch(
+        lab_moments_kernel, (blocks, count),
         frames, moments, pixels, blocks, length, *_strides(frames), BLOCK=BLOCK, FAST=frames.is_cuda
-    )
-    combine_moments_kernel[(count,)](
+    )  # fmt: skip
+    launch(
+        combine_moments_kernel, (count,),
         moments, combined, pixels, blocks, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks)
-    )
+    )  # fmt: skip
     return combined
 
 
@@ -225,7 +228,8 @@ def color_match(
     batch, _, length, height, width = frames.shape
     combined = lab_moments(frames)
     mean, std = (v.float().contiguous().expand(batch, length, 3, 1, 1) for v in (mean, std))
-    color_match_kernel[(triton.cdiv(height * width, BLOCK), batch * length)](
+    launch(
+        color_match_kernel, (triton.cdiv(height * width, BLOCK), batch * length),
         frames, combined, mean, std, out, out if rgb is None else rgb, strength,
         height * width, length, *_strides(frames),
         mean.stride(0), mean.stride(1), *out.stride()[:3], *((0, 0) if rgb is None else rgb.stride()[:2]),

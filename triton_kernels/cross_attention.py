@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .key_attention import attend_keys, visible_end
-from .resident_attention import RESIDENT, Resident, fits_resident, launch
+from .launching import launch
+from .resident_attention import RESIDENT, Resident, fits_resident, launch_resident
 from .specialization import Specialization
 
 
@@ -101,10 +102,11 @@ def dual_cross_attention(
         tile = RESIDENT if fits_resident(q, image_k.shape[1]) else TILES[dim, q.element_size()]
     inputs = q, text_k, text_v, image_k, image_v, text_bias, out
     if isinstance(tile, Resident):
-        launch(inputs, tile)
+        launch_resident(inputs, tile)
         return out
     bias_stride = text_bias.shape[-1] if text_bias is not None and text_bias.ndim == 2 else 0
-    dual_cross_attention_kernel[(triton.cdiv(length, tile.queries), heads, batch)](
+    launch(
+        dual_cross_attention_kernel, (triton.cdiv(length, tile.queries), heads, batch),
         *(q if x is None else x for x in inputs),
         length, heads, text_k.shape[1], image_k.shape[1], bias_stride, dim**-0.5,
         D=dim, BLOCK_M=tile.queries, BLOCK_TEXT=tile.text, BLOCK_IMAGE=tile.image,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .quantize import FP8_MAX, row_scale, to_fp8
 from .specialization import Specialization, multiprocessors
 
@@ -182,7 +183,8 @@ def residual_norm(
     warps = min(WARPS, max(1, triton.next_power_of_2(width) // (VECTOR * 32)))
     block = VECTOR * 32 * warps
     programs = min(length, multiprocessors(x.device) * (RESIDENT_WARPS // warps))
-    residual_norm_kernel[(programs, rows // length)](
+    launch(
+        residual_norm_kernel, (programs, rows // length),
         # x stands in for what is not there: never read.
         *(x if part is None else part for part in (x, y, gate, weight, bias)),
         residual, out, scale, length, *strides, eps,
@@ -255,7 +257,8 @@ def qk_norm_rope(
     head_dim = width // num_heads
     out = x.new_empty(batch, length, num_heads, head_dim)
     heads, block = math.gcd(num_heads, part), triton.next_power_of_2(head_dim)
-    qk_norm_rope_kernel[(batch * length,)](
+    launch(
+        qk_norm_rope_kernel, (batch * length,),
         x, weight, weight if table is None else table, out, length, x.stride(0), x.stride(1), eps,
         H=num_heads, D=head_dim, BLOCK_H=heads, BLOCK_D=block, ROTATE=table is not None,
         num_warps=min(warps, max(1, heads * block // 128)),

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import gelu_tanh
+from .launching import launch
 from .specialization import Specialization
 
 FP8_MAX = 448.0  # the largest float8 e4m3
@@ -79,7 +80,8 @@ def quantize(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     block = min(WIDEST_BLOCK, triton.next_power_of_2(width))
-    quantize_kernel[(scale.numel(),)](
+    launch(
+        quantize_kernel, (scale.numel(),),
         x, out, scale,
         D=width, BLOCK=block, GELU=gelu, FAST=x.is_cuda, FP8_LIMIT=FP8_MAX, num_warps=warps(block),
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .key_attention import LOG2_E, LOWEST, NARROWEST, load_keys, visible_end
+from .launching import launch
 from .specialization import Specialization, multiprocessors
 
 FURTHER = tl.constexpr(32)  # text keys at a time that `resident_kernel` does not hold
@@ -187,7 +188,7 @@ def fits_resident(q: Tensor, image_keys: int) -> bool:
     )
 
 
-def launch(inputs: tuple[Tensor | None, ...], tile: Resident, but_text: int = 0) -> None:
+def launch_resident(inputs: tuple[Tensor | None, ...], tile: Resident, but_text: int = 0) -> None:
     """Launch `resident_kernel` on its first seven arguments, contiguous, of which the last is written; the
     text's bias may be None.
 
@@ -200,7 +201,8 @@ def launch(inputs: tuple[Tensor | None, ...], tile: Resident, but_text: int = 0)
     assert has_bias or not but_text
     bias_stride = text_bias.shape[-1] if text_bias is not None and text_bias.ndim == 2 else 0
     programs = min(triton.cdiv(length, tile.queries) * heads * batch, multiprocessors(q.device))
-    resident_kernel[(programs,)](
+    launch(
+        resident_kernel, (programs,),
         *(q if x is None else x for x in inputs),
         batch, length, text_k.shape[1], image_k.shape[1], bias_stride, dim**-0.5,
         HEADS=heads, D=dim, BLOCK_M=tile.queries, IMAGE=tile.image, REST=tile.rest,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import silu
+from .launching import launch
 from .specialization import Specialization
 
 NDHWC = torch.channels_last_3d
@@ -221,7 +222,8 @@ def add_residual(x: Tensor, bias: Tensor | None, shortcut: Tensor) -> Tensor:
     channels = x.shape[1]
     rows = x.numel() // channels
     block_c, block_p = _blocks(channels)
-    add_residual_kernel[(triton.cdiv(rows, block_p),)](
+    launch(
+        add_residual_kernel, (triton.cdiv(rows, block_p),),
         x, x if bias is None else bias, shortcut, out, rows,
         C=channels, BLOCK_C=block_c, BLOCK_P=block_p, HAS_BIAS=bias is not None,
     )  # fmt: skip
@@ -240,7 +242,8 @@ def norm_silu(
     past = _past(past)
     total = x.new_empty(0) if shortcut is None else torch.empty_like(x, memory_format=NDHWC)
     block_c, block_p = _blocks(channels)
-    norm_silu_kernel[(triton.cdiv(height * width, block_p), batch)](
+    launch(
+        norm_silu_kernel, (triton.cdiv(height * width, block_p), batch),
         x, x if bias is None else bias, x if shortcut is None else shortcut, gamma,
         x if past is None else past, total, out,
         height * width, frames, 0 if past is None else past.stride(0), out.stride(0), eps,
@@ -258,7 +261,8 @@ def double_frames(x: Tensor, bias: Tensor | None) -> Tensor:
     shape = (batch, channels // 2, 2 * frames, height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=NDHWC)
     block_c, block_p = _blocks(channels // 2)
-    double_frames_kernel[(triton.cdiv(height * width, block_p), 2 * frames, batch)](
+    launch(
+        double_frames_kernel, (triton.cdiv(height * width, block_p), 2 * frames, batch),
         x, x if bias is None else bias, out, height * width, frames,
         C=channels // 2, BLOCK_C=block_c, BLOCK_P=block_p, HAS_BIAS=bias is not None,
     )  # fmt: skip
@@ -273,7 +277,8 @@ def interleave(phases: Tensor, bias: Tensor) -> Tensor:
     shape = (images, channels, 2 * height, 2 * width)
     out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last)
     block_c, block_p = _blocks(channels)
-    interleave_kernel[(triton.cdiv(4 * height * width, block_p), images)](
+    launch(
+        interleave_kernel, (triton.cdiv(4 * height * width, block_p), images),
         phases, bias, out, height, width, OUT=channels, BLOCK_C=block_c, BLOCK_P=block_p,
     )  # fmt: skip
     return out
@@ -293,7 +298,8 @@ def head(
     columns = 9 * outputs
     packed = weight.permute(2, 1, 3, 4, 0).reshape(3, channels, columns).contiguous()
     taps = x.new_empty((batch, frames, columns, pixels), dtype=torch.float32)
-    head_taps_kernel[(triton.cdiv(pixels, HEAD_PIXELS), batch)](
+    launch(
+        head_taps_kernel, (triton.cdiv(pixels, HEAD_PIXELS), batch),
         x, x if bias is None else bias, x if shortcut is None else shortcut, gamma,
         x if past is None else past, packed, taps, future,
         pixels, frames, 0 if past is None else past.stride(0), future.stride(0), eps,
@@ -304,7 +310,8 @@ def head(
     )  # fmt: skip
     out = x.new_empty((batch, outputs, frames, height, width))
     block = 512
-    head_sum_kernel[(triton.cdiv(pixels, block), frames, batch)](
+    launch(
+        head_sum_kernel, (triton.cdiv(pixels, block), frames, batch),
         taps, out_bias, out, frames, height, width, OUT=outputs, BLOCK=block, CLAMP=clamp,
     )  # fmt: skip
     return out

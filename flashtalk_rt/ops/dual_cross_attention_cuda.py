@@ -90,7 +90,7 @@ def kernel(
             stream=torch.cuda.current_stream().cuda_stream,
         )
     if text_bias is not None and text_k.shape[1] > module.CROSS_TEXT_KEYS:
-        triton.launch((*tensors, text_bias, out), triton.RESIDENT, but_text=module.CROSS_TEXT_KEYS)
+        triton.launch_resident((*tensors, text_bias, out), triton.RESIDENT, but_text=module.CROSS_TEXT_KEYS)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ..config import SIZE_MULTIPLE, Precision
 from ..errors import InputError
 from ..graphs.buffers import layout
 from ..graphs.capture import release_memory
+from ..graphs.compiling import compile_ahead
 from ..modules.audio import audio_windows, normalize_loudness
 from ..modules.chunk import NoiseSource, Reference, reference_latent
 from ..modules.color import ColorReference
@@ -21,6 +23,7 @@ from ..modules.image import Picture, load_image
 from ..modules.model import Model
 from ..modules.precision import native_bf16
 from ..modules.schedule import timesteps
+from ..modules.vae import STRIDE
 from ..profiles import nvtx
 from .lane import Lane
 from .session import Session
@@ -143,6 +146,12 @@ class Engine:
     @torch.inference_mode()
     def constants(self, image: Tensor, text: Tensor, image_features: Tensor) -> Constants:
         """image [1, 3, 1, H, W] in [-1, 1]; text [1, L, C]; image_features [1, tokens, C]."""
+        make = functools.partial(self._constants, image, text, image_features)
+        if self._stages is None and self.device.type == "cuda":
+            compile_ahead(make)
+        return make()
+
+    def _constants(self, image: Tensor, text: Tensor, image_features: Tensor) -> Constants:
         model = self.model
         y = reference_latent(model.vae, image, model.stream.frames)
         return Constants(
@@ -217,4 +226,4 @@ class Engine:
     def latent_shape(self) -> tuple[int, ...]:
         """Of one chunk's latent: (1, z, T, h, w)."""
         channels = self.model.vae.config.z_dim
-        return (1, channels, self.model.stream.latent_frames, self.height // 8, self.width // 8)
+        return (1, channels, self.model.stream.latent_frames, self.height // STRIDE, self.width // STRIDE)

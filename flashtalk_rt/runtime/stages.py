@@ -19,11 +19,13 @@ from torch import Tensor
 
 from ..graphs.buffers import Buffers, copy_tree, layout
 from ..graphs.capture import Graphs, Work
+from ..graphs.compiling import compile_ahead
 from ..modules.chunk import NoiseSource, Reference, dit_level, predict
 from ..modules.color import ColorReference
 from ..modules.dit_layers import StepConstants
 from ..modules.model import Model
 from ..modules.schedule import Past, advance
+from ..modules.vae import STRIDE
 from .lane import Lane
 from .timing import StageClock
 
@@ -99,10 +101,12 @@ class Stages:
         # latent frame makes them: no longer than a chunk's decoding lasts, captured work needs their memory.
         self._rooms: list[Tensor] = []
         self._rooms_layout = model.vae.decoding_rooms(self._latent_frame)
-        first, later = self._decoding_buffers()
-        height, width = first.shape[3:]
+        height, width = (n * STRIDE for n in latent_shape[3:])
         self._frames = buffers.zeros("frames", (1, 3, stream.frames, height, width), torch.float32)
         self._pixels = buffers.zeros("pixels", (stream.frames, height, width, 3), torch.uint8)
+        if device.type == "cuda":
+            compile_ahead(functools.partial(self._launch_all, times))
+        first, later = self._decoding_buffers()
         last = model.vae.encode(self._frames[:, :, -stream.motion_frames :])
         self._motion = buffers.zeros("motion", last.shape, torch.float32)
 
@@ -252,6 +256,16 @@ class Stages:
         self._constants.color.match(decoded, (frames, pixels[None]))
 
     # Making them.
+
+    def _launch_all(self, times: Sequence[float]) -> None:
+        """Every kernel of a chunk that Triton compiles, on whatever the buffers hold."""
+        first, later = self._decode_first(), self._decode_later()
+        self._rooms.clear()
+        end = first.shape[2]
+        for decoded, at in ((first, slice(end)), (later, slice(end, end + later.shape[2]))):
+            self._color(decoded, self._frames[:, :, at], self._pixels[at])
+        self._model.vae.encode(self._frames[:, :, -self._model.stream.motion_frames :])
+        self._step(None, times[0], times[1], self._schedule[0])
 
     def _make_schedule(self, times: Sequence[float], latent_shape: Sequence[int]) -> list[StepConstants]:
         """What every step needs of its noise level and the size, computed now, once for all chunks: 5 MB a

@@ -1,0 +1,101 @@
+"""Triton's kernels compiled side by side before they are launched, and how every kernel is launched."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from streams import CHUNK, gpu_model, portrait, push, speech
+
+from flashtalk_rt import ops, triton_kernels
+from flashtalk_rt.graphs.compiling import compile_ahead
+from flashtalk_rt.runtime import Engine, engine, stages
+from flashtalk_rt.triton_kernels.launching import launch
+
+
+class Kernel:
+    """What `launch` needs of a kernel; keeps what was asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.asked.append(("launch", grid, arguments, options))
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> None:
+        self.asked.append(("compile", grid, arguments, options))
+
+
+def test_inside_compile_ahead_a_kernel_is_not_launched() -> None:
+    kernel: Any = Kernel()
+    launch(kernel, (2, 3), "x", BLOCK=4)
+    compile_ahead(lambda: launch(kernel, (2, 3), "x", BLOCK=4))
+    launch(kernel, (5,), "y")
+    work = (2, 3), ("x",), {"BLOCK": 4}
+    assert kernel.asked == [("launch", *work), ("compile", *work), ("launch", (5,), ("y",), {})]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_kernels_are_launched_again_after_what_went_wrong_inside(error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(error):
+        compile_ahead(fail)
+    kernel: Any = Kernel()
+    launch(kernel, (1,))
+    assert [name for name, *_ in kernel.asked] == ["launch"]
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------
+
+
+def all_kernels() -> list[Any]:
+    """Every kernel of ours."""
+    names = [module.name for module in pkgutil.iter_modules(triton_kernels.__path__)]
+    modules = [importlib.import_module(f"flashtalk_rt.triton_kernels.{name}") for name in names]
+    return list({s.kernel: None for module in modules for s in getattr(module, "KERNELS", ())})
+
+
+def compiled() -> int:
+    """Compiled forms of our kernels that this process holds for the first GPU."""
+    return sum(len(kernel.device_caches[0][0]) for kernel in all_kernels())
+
+
+@pytest.mark.gpu
+def test_what_was_compiled_ahead_is_what_is_launched() -> None:
+    x = torch.randn(1, 3, 1110, device="cuda")  # a width of no other test
+    weight, bias = torch.randn(2, 1110, device="cuda")
+    before = compiled()
+    compile_ahead(lambda: [ops.layer_norm(x, weight, bias, 1e-6, backend="triton") for _ in range(40)])
+    assert compiled() == before + 1
+    out = ops.layer_norm(x, weight, bias, 1e-6, backend="triton")
+    assert compiled() == before + 1
+    torch.testing.assert_close(out, ops.layer_norm(x, weight, bias, 1e-6, backend="torch"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_session_and_its_first_chunk_compile_nothing_one_by_one(
+    precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def counted(work: Callable[[], object]) -> None:
+        compile_ahead(work)
+        counts.append(compiled())
+
+    for module in (engine, stages):
+        monkeypatch.setattr(module, "compile_ahead", counted)
+    for kernel in all_kernels():
+        kernel.device_caches.clear()
+    with contextlib.closing(Engine(gpu_model(wide=True), 2, precision, height=64, width=64)) as made:
+        session = made.session(portrait(), seed=3)
+        assert compiled() == counts[0] > 0
+        push(session, speech(2 * CHUNK))
+    assert compiled() == counts[1] > counts[0]
