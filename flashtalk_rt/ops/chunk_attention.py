@@ -18,11 +18,12 @@ from ._dispatch import TRITON, Backend, Case, OpSpec, Situation, backend_for
 MAX_HEAD_DIM = 128  # of every backend but sdpa
 
 # TFLOP/s of the unmasked bfloat16 forward pass by number of heads, at 12,096 tokens and head dimension 128,
-# on one H100 80GB with torch 2.11, CUDA 13 and flash-attn-4 4.0.0b36; ours later, beside a cuDNN that then
-# reached 590 (2026-11-24).  FlashAttention-3 was not measured, nor ours with 5 heads.
+# in turn on one H200: torch 2.11, cuDNN 9.19, flash-attn-4 4.0.0b36 (profiles/results/h200-2026-11-28.json).
+# FlashAttention-2's are an H100's, where cuDNN reached 610 (2026-11-24); FlashAttention-3 was not measured.
 MEASURED_TFLOPS = {
-    40: {"cuda": 715, "fa4": 704, "cudnn": 610, "triton": 495, "fa2": 366},
-    5: {"fa4": 557, "cudnn": 549, "fa2": 312},
+    40: {"fa4": 648, "cuda": 596, "cudnn": 548, "triton": 479, "fa2": 366},
+    10: {"fa4": 612, "cuda": 599, "cudnn": 522, "triton": 452},
+    5: {"fa4": 614, "cuda": 595, "cudnn": 522, "triton": 449, "fa2": 312},
 }
 
 

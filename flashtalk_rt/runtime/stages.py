@@ -100,7 +100,10 @@ class Stages:
         # what is remembered, for which nothing is copied between two latent frames.  Decoding the first
         # latent frame makes them: no longer than a chunk's decoding lasts, captured work needs their memory.
         self._rooms: list[Tensor] = []
-        self._rooms_layout = model.vae.decoding_rooms(self._latent_frame)
+        plan = functools.partial(model.vae.decoding_rooms, self._latent_frame)
+        if device.type == "cuda":
+            compile_ahead(plan)
+        self._rooms_layout = plan()
         height, width = (n * STRIDE for n in latent_shape[3:])
         self._frames = buffers.zeros("frames", (1, 3, stream.frames, height, width), torch.float32)
         self._pixels = buffers.zeros("pixels", (stream.frames, height, width, 3), torch.uint8)
