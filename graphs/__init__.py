@@ -1,4 +1,5 @@
-"""CUDA graphs over callables and their static buffers; knows nothing of models."""
+"""CUDA graphs over callables and their static buffers, their Triton kernels compiled ahead; knows nothing of
+models."""
 
 if __name__ != "flashtalk_rt.graphs":
     raise ImportError(

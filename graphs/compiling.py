@@ -27,14 +27,17 @@ class _Compilers(ThreadPoolExecutor):
 
 
 def compile_ahead(work: Callable[[], object]) -> None:
-    """Run `work`, whose Triton kernels are compiled for the current CUDA device, a core each, and not
+    """Run `work`, whose Triton kernels are compiled for the current CUDA device, on a thread a core, and not
     launched: what they would have computed stays as it was.
 
     Their launchers must know `triton.AsyncCompileMode`.  A kernel that cannot be compiled is left out: the
     first launch will say why.  Compiled one by one, as they are launched, the kernels of a 14B chunk take
-    longer than all else that comes before its first frame.
+    longer than all else before its first frame.  Without Triton there are none, and nothing is run.
     """
-    import triton
+    try:
+        import triton
+    except ImportError:
+        return
 
     def compile_all() -> None:
         threads = _Compilers(os.cpu_count())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +53,20 @@ def test_kernels_are_launched_again_after_what_went_wrong_inside(error: type[Bas
     kernel: Any = Kernel()
     launch(kernel, (1,))
     assert [name for name, *_ in kernel.asked] == ["launch"]
+
+
+def test_without_triton_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    compile_ahead(lambda: pytest.fail("run"))
+
+
+def test_every_launcher_calls_launch() -> None:
+    """A kernel launched as `kernel[grid](...)` would run inside `compile_ahead`, on what is not there."""
+    for path in Path(triton_kernels.__path__[0]).glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+        found = [call.lineno for call in calls if isinstance(call.func, ast.Subscript)]
+        assert len(found) == (path.name == "launching.py"), f"{path.name}: lines {found}"
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------
