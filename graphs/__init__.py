@@ -1,4 +1,4 @@
-"""CUDA graphs over callables and their static buffers, their Triton kernels compiled ahead; knows nothing of
+"""CUDA graphs over callables and their static buffers, and Triton compilation ahead of both; knows nothing of
 models."""
 
 if __name__ != "flashtalk_rt.graphs":

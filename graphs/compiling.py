@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -12,12 +11,16 @@ import torch
 
 
 class _Compilers(ThreadPoolExecutor):
-    """Threads that make the kernels which they compile ready to be launched."""
+    """Threads that make the kernels which they compile ready to be launched, until they are stopped."""
+
+    stopped = False
 
     def submit(self, compile_kernel: Callable[..., Any], /, *_: Any, **__: Any) -> Future[Any]:
         device = torch.cuda.current_device()
 
         def make() -> Any:
+            if self.stopped:
+                raise RuntimeError("compilation was stopped")
             kernel = compile_kernel()
             with torch.cuda.device(device):
                 _ = kernel.run  # for this Triton has the C compiler build a launcher, and loads both
@@ -25,24 +28,36 @@ class _Compilers(ThreadPoolExecutor):
 
         return super().submit(make)
 
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> bool | None:
+        self.stopped = self.stopped or kind is not None
+        return super().__exit__(kind, *details)
 
-def compile_ahead(work: Callable[[], object]) -> None:
-    """Run `work`, whose Triton kernels are compiled for the current CUDA device, on a thread a core, and not
-    launched: what they would have computed stays as it was.
 
-    Their launchers must know `triton.AsyncCompileMode`.  A kernel that cannot be compiled is left out: the
-    first launch will say why.  Compiled one by one, as they are launched, the kernels of a 14B chunk take
-    longer than all else before its first frame.  Without Triton there are none, and nothing is run.
+def compile_ahead(work: Callable[[], object], device: torch.device) -> None:
+    """Run `work` for the Triton kernels that it launches: they are compiled, on several threads at once, and
+    not run.  On a device that is no CUDA device, or without Triton, there are none, and nothing is run.
+
+    Compiled one by one, as they are launched, the kernels of a 14B chunk take longer than all else that comes
+    before its first frame.  What is not Triton's does run, on outputs of kernels that did not: `work` must
+    not branch on values, and what it computes is of no use.  Launchers must know `triton.AsyncCompileMode`.
+    A kernel that cannot be compiled is left out: its first launch will say why.  Raises what `work` raises;
+    after that, or an interrupt, no further kernel is begun.
     """
+    if device.type != "cuda":
+        return
     try:
         import triton
     except ImportError:
         return
 
     def compile_all() -> None:
-        threads = _Compilers(os.cpu_count())
+        threads = _Compilers()
         with threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-            work()
+            try:
+                work()
+            except BaseException:
+                threads.stopped = True  # leaving the mode waits for what is compiled
+                raise
 
-    # In a copy of the context, for the mode stays set where an interrupt ends it.
+    # In a copy of the context: the mode stays set where an interrupt ends the wait at its end.
     contextvars.copy_context().run(compile_all)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flashtalk_rt.errors import InputError
-from flashtalk_rt.ops._dispatch import Backend, OpSpec, Situation, choose
+from flashtalk_rt.ops import _dispatch
+from flashtalk_rt.ops._dispatch import TRITON, Backend, OpSpec, Situation, choose
 
 CPU = Situation("cpu", torch.float32, 128)
 H100 = Situation("cuda", torch.bfloat16, 128, capability=(9, 0), cudnn_version=91002)
@@ -38,6 +39,13 @@ def test_none_that_can_serve_is_an_error_with_every_reason() -> None:
         InputError, match=r"op: no backend serves cpu float32 D=128 \(fast: needs a CUDA device\)"
     ):
         choose(OpSpec("op", (FAST,)), CPU)
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "2.10.0+git1"])
+def test_an_older_triton_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TRITON.supports(H100) is None
+    monkeypatch.setattr(_dispatch, "_triton_version", lambda: version)
+    assert TRITON.supports(H100) == f"needs Triton 3.6 or newer, this is {version}"
 
 
 @pytest.mark.parametrize("backends", [(), (PLAIN, PLAIN)])

@@ -40,6 +40,7 @@ WIDE_OPS = {
 }
 FP8_OPS = {"flashtalk_rt::quantize", "aten::_scaled_mm"}
 ALLOWED_GROWTH_MB = 20.0
+GPU = torch.device("cuda")
 
 
 class Names(TorchDispatchMode):
@@ -85,7 +86,30 @@ def test_captured_equals_eager_bit_for_bit(
     assert torch.equal(*results)
 
 
+@pytest.fixture
+def no_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if no FlashAttention were installed, which would take our kernel's place."""
+    monkeypatch.setattr(chunk_attention, "importable", lambda name: False)
+    _dispatch._backend_for.cache_clear()
+    yield
+    _dispatch._backend_for.cache_clear()
+
+
 @pytest.mark.gpu
+def test_captured_equals_eager_with_flash_attention_4(gpu_engine: Callable[..., Engine]) -> None:
+    pytest.importorskip("flash_attn.cute", reason="flash-attn-4 (extra: fa4) is not installed")
+    assert _dispatch.backend_for(chunk_attention.SPEC, GPU, torch.bfloat16, 128) == "fa4"
+    results = []
+    for capture in (True, False):
+        engine = gpu_engine(wide=True, steps=2, precision="bf16", height=64, width=64, capture=capture)
+        results.append(frames_of(push(engine.session(portrait(), seed=3), speech(3 * CHUNK))))
+        engine.close()
+    assert torch.equal(*results)
+    assert results[0].float().std() > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("no_flash")
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_captured_equals_eager_with_every_kernel(
@@ -96,9 +120,6 @@ def test_captured_equals_eager_with_every_kernel(
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernels of csrc are sm_90's")
     assert not isinstance(slice_conv.extension(), str), slice_conv.extension()
-    # flash-attn-4 would take our kernel's place, where it is installed.
-    monkeypatch.setattr(chunk_attention, "importable", lambda name: False)
-    _dispatch._backend_for.cache_clear()
     # They win at sizes that take a thousand times longer.
     sizes = dict.fromkeys(slice_conv.MEASURED_FASTER, (1, math.inf))
     monkeypatch.setattr(slice_conv, "MEASURED_FASTER", sizes)

@@ -14,6 +14,8 @@ import torch
 
 from ..errors import InputError
 
+OLDEST_TRITON = (3, 6)  # whose AsyncCompileMode leaves out what fails
+
 
 @dataclasses.dataclass(frozen=True)
 class Situation:
@@ -120,6 +122,14 @@ TORCH = Backend("torch", lambda situation: None)
 """Plain torch, which always can."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_version() -> str:
+    """Of the Triton that is installed; torch.compile cannot trace its import."""
+    import triton
+
+    return str(triton.__version__)
+
+
 def _triton(situation: Situation) -> str | None:
     if situation.device_type != "cuda":
         return f"needs a CUDA device, this is {situation.device_type}"
@@ -129,6 +139,9 @@ def _triton(situation: Situation) -> str | None:
         return f"needs float32, bfloat16 or float16, this is {situation.dtype}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (extra: cuda)"
+    version = _triton_version()
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return f"needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, this is {version}"
     return None
 
 

@@ -18,12 +18,13 @@ from ._dispatch import TRITON, Backend, Case, OpSpec, Situation, backend_for
 MAX_HEAD_DIM = 128  # of every backend but sdpa
 
 # TFLOP/s of the unmasked bfloat16 forward pass by number of heads, at 12,096 tokens and head dimension 128,
-# in turn on one H200: torch 2.11, cuDNN 9.19, flash-attn-4 4.0.0b36 (profiles/results/h200-2026-11-28.json).
-# FlashAttention-2's are an H100's, where cuDNN reached 610 (2026-11-24); FlashAttention-3 was not measured.
+# in shuffled turns on one H200: torch 2.11, cuDNN 9.19, flash-attn-4 4.0.0b36.  Triton's are of another run
+# there, where cuDNN reached 548, 522 and 522 (both in profiles/results/h200-2026-11-28.json);
+# FlashAttention-2's of an H100, where it reached 610 (2026-11-24).  FlashAttention-3 was not measured.
 MEASURED_TFLOPS = {
-    40: {"fa4": 648, "cuda": 596, "cudnn": 548, "triton": 479, "fa2": 366},
-    10: {"fa4": 612, "cuda": 599, "cudnn": 522, "triton": 452},
-    5: {"fa4": 614, "cuda": 595, "cudnn": 522, "triton": 449, "fa2": 312},
+    40: {"fa4": 660, "cuda": 631, "cudnn": 559, "triton": 479, "fa2": 366},
+    10: {"fa4": 632, "cuda": 607, "cudnn": 533, "triton": 452},
+    5: {"fa4": 628, "cuda": 603, "cudnn": 532, "triton": 449, "fa2": 312},
 }
 
 

@@ -147,8 +147,8 @@ class Engine:
     def constants(self, image: Tensor, text: Tensor, image_features: Tensor) -> Constants:
         """image [1, 3, 1, H, W] in [-1, 1]; text [1, L, C]; image_features [1, tokens, C]."""
         make = functools.partial(self._constants, image, text, image_features)
-        if self._stages is None and self.device.type == "cuda":
-            compile_ahead(make)
+        if self._stages is None:  # nothing of this engine has run
+            compile_ahead(make, self.device)
         return make()
 
     def _constants(self, image: Tensor, text: Tensor, image_features: Tensor) -> Constants:

@@ -101,14 +101,12 @@ class Stages:
         # latent frame makes them: no longer than a chunk's decoding lasts, captured work needs their memory.
         self._rooms: list[Tensor] = []
         plan = functools.partial(model.vae.decoding_rooms, self._latent_frame)
-        if device.type == "cuda":
-            compile_ahead(plan)
+        compile_ahead(plan, device)
         self._rooms_layout = plan()
         height, width = (n * STRIDE for n in latent_shape[3:])
         self._frames = buffers.zeros("frames", (1, 3, stream.frames, height, width), torch.float32)
         self._pixels = buffers.zeros("pixels", (stream.frames, height, width, 3), torch.uint8)
-        if device.type == "cuda":
-            compile_ahead(functools.partial(self._launch_all, times))
+        compile_ahead(functools.partial(self._launch_all, times), device)
         first, later = self._decoding_buffers()
         last = model.vae.encode(self._frames[:, :, -stream.motion_frames :])
         self._motion = buffers.zeros("motion", last.shape, torch.float32)
@@ -261,7 +259,8 @@ class Stages:
     # Making them.
 
     def _launch_all(self, times: Sequence[float]) -> None:
-        """Every kernel of a chunk that Triton compiles, on whatever the buffers hold."""
+        """Every kernel of a chunk that Triton compiles, on whatever the buffers hold: to compile them ahead,
+        it takes the time of one step, one more of the many that a stream makes."""
         first, later = self._decode_first(), self._decode_later()
         self._rooms.clear()
         end = first.shape[2]
