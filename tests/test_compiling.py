@@ -189,5 +189,5 @@ def test_a_session_and_its_first_chunk_compile_nothing_one_by_one(
     with contextlib.closing(Engine(gpu_model(wide=True), 2, precision, height=64, width=64)) as made:
         prepared = compiled()  # the weights' conversion
         push(made.session(portrait(), seed=3), speech(2 * CHUNK))
-    assert len(after) == 3 and after[0] < after[1] < after[2]
+    assert len(after) == 2 and after[0] < after[1]
     assert [*before, compiled()] == [prepared, *after]

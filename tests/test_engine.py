@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from plain_loop import Inputs, assert_equals_the_loop, image, plain_chunk, run_chunk
-from streams import CHUNK, frames_of, portrait, push, speech
+from streams import CHUNK, frames_of, portrait, push, small_engine, speech
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -76,6 +76,21 @@ def test_what_is_decoded_is_remembered_in_the_rooms_alone(monkeypatch: pytest.Mo
     run_chunk(engine, inputs, inputs.constants.first_motion.float(), inputs.windows(), 0)
     assert in_rooms[0] is False and len(in_rooms) > 3 and all(in_rooms[1:])
     assert engine._stages is not None and not engine._stages._rooms, "let go of when a chunk is decoded"
+
+
+def test_what_compiling_ahead_runs_leaves_nothing_behind() -> None:
+    """On a GPU it runs before the first chunk, on what is not computed."""
+    results = []
+    for disturbed in (False, True):
+        engine = small_engine(steps=2)
+        session = engine.session(portrait(), seed=1)
+        chunks = push(session, speech(CHUNK))
+        if disturbed:
+            assert engine._stages is not None
+            with torch.inference_mode():
+                engine._stages._launch_all(engine.times)
+        results.append(frames_of([*chunks, *push(session, speech(CHUNK, seed=2))]))
+    assert torch.equal(*results)
 
 
 def test_pixels_and_latents_outlive_the_next_chunk() -> None:

@@ -100,14 +100,14 @@ class Stages:
         # what is remembered, for which nothing is copied between two latent frames.  Decoding the first
         # latent frame makes them: no longer than a chunk's decoding lasts, captured work needs their memory.
         self._rooms: list[Tensor] = []
-        plan = functools.partial(model.vae.decoding_rooms, self._latent_frame)
-        compile_ahead(plan, device)
-        self._rooms_layout = plan()
         height, width = (n * STRIDE for n in latent_shape[3:])
         self._frames = buffers.zeros("frames", (1, 3, stream.frames, height, width), torch.float32)
         self._pixels = buffers.zeros("pixels", (stream.frames, height, width, 3), torch.uint8)
         compile_ahead(functools.partial(self._launch_all, times), device)
-        first, later = self._decoding_buffers()
+        first, later = (
+            buffers.like(f"{name}.decoded", decoded)
+            for name, decoded in zip(("first", "later"), self._decode_nothing(), strict=True)
+        )
         last = model.vae.encode(self._frames[:, :, -stream.motion_frames :])
         self._motion = buffers.zeros("motion", last.shape, torch.float32)
 
@@ -259,10 +259,9 @@ class Stages:
     # Making them.
 
     def _launch_all(self, times: Sequence[float]) -> None:
-        """Every kernel of a chunk that Triton compiles, on whatever the buffers hold: to compile them ahead,
-        it takes the time of one step, one more of the many that a stream makes."""
-        first, later = self._decode_first(), self._decode_later()
-        self._rooms.clear()
+        """Every kernel of a chunk that Triton compiles, on whatever the buffers hold: what compiling them
+        ahead takes, at every start, is the time of a denoising step."""
+        first, later = self._decode_nothing()
         end = first.shape[2]
         for decoded, at in ((first, slice(end)), (later, slice(end, end + later.shape[2]))):
             self._color(decoded, self._frames[:, :, at], self._pixels[at])
@@ -285,13 +284,12 @@ class Stages:
             schedule.append(StepConstants(shared, kept))
         return schedule
 
-    def _decoding_buffers(self) -> tuple[Tensor, Tensor]:
-        """For the frames of the first latent frame and of a later one."""
-        # Decoding two frames of nothing tells the shapes.
-        first = self.buffers.like("first.decoded", self._decode_first())
-        later = self.buffers.like("later.decoded", self._decode_later())
+    def _decode_nothing(self) -> tuple[Tensor, Tensor]:
+        """The rooms' layout, and frames of the first latent frame and of a later one, for their shapes."""
+        self._rooms_layout = self._model.vae.decoding_rooms(self._latent_frame)
+        decoded = self._decode_first(), self._decode_later()
         self._rooms.clear()
-        return first, later
+        return decoded
 
     def _make_blocks(self, first: Tensor, later: Tensor) -> tuple[Block, ...]:
         """A block for every latent frame, the first decoded into `first` and each other into `later`."""
