@@ -11,6 +11,7 @@ import pytest
 import torch
 from random_tensors import qkv
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashtalk_rt import ops
 from flashtalk_rt.errors import InputError
@@ -73,6 +74,24 @@ def test_cudnn_serves_an_h100_without_flash_attention(installed: set[str]) -> No
         "cuda": "it is not built",
         "fa4": "flash-attn-4 (extra: fa4) is not installed",
     }
+
+
+def test_cudnn_is_called_by_name_and_leaves_other_threads_their_backends() -> None:
+    """torch's switches of attention backends are the process's: while one is off, another thread fails."""
+    q, k, v = (torch.empty(1, 3, 2, 8, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            called.append(function.name())
+            assert torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        assert module._attend(q, k, v, None, "cudnn").shape == q.shape
+    assert "aten::_scaled_dot_product_cudnn_attention" in called
 
 
 def test_our_kernel_serves_an_h100_where_it_is_built(

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _flop, reference
 from . import chunk_attention_cuda as cuda
@@ -292,9 +290,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) 
         ours: Tensor = cuda.kernel(q, k, v)
         return ours
     if backend == "cudnn" and k.shape[1] > 1:  # torch refuses cuDNN a single key
+        # `sdpa_kernel` would forbid the whole process every other backend: another thread's attention fails.
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        found: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, grad)[0]
+        return found.transpose(1, 2)
     return reference.attend(q, k, v, mask)
 
 
