@@ -3,7 +3,8 @@
 // include/slice_conv.h says how an output tile maps to boxes, stages and products.  One warp loads, two
 // warpgroups multiply; each owns half of the patch's rows and all of the output channels.  The input
 // arrives finished (normalised, activated, its past frames in front): it goes from TMA straight into
-// swizzled shared memory, where no thread could touch it without a round trip through registers.
+// swizzled shared memory, where no thread could touch it without a round trip through registers: three
+// warps that normalised each stage there took 1.7 to 3.6 times as long as the products.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
