@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.runtime import Chunk, Engine, Session
+from flashtalk_rt.runtime.stages import Stages
 
 FRAME = 640  # samples
 CHUNK = 28 * FRAME  # samples
@@ -70,4 +72,22 @@ def on_step(engine: Engine, call: Callable[[int], None]) -> Callable[[], int]:
         call(count)
 
     engine.model.dit.register_forward_hook(hook)
+    return lambda: count
+
+
+def on_latent_frame(stages: Stages, call: Callable[[int], None]) -> Callable[[], int]:
+    """Run `call` after every latent frame that is decoded, or queued for it, with its number; returns how to
+    ask for the count."""
+    count = 0
+
+    def counted(color: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal count
+            color()
+            count += 1
+            call(count)
+
+        return run
+
+    stages._blocks = tuple(dataclasses.replace(b, color=counted(b.color)) for b in stages._blocks)
     return lambda: count

@@ -6,10 +6,21 @@ import threading
 
 import pytest
 import torch
-from streams import CHUNK, frames_of, on_step, portrait, push, run, small_engine, speech
+from streams import (
+    CHUNK,
+    frames_of,
+    gpu_model,
+    on_latent_frame,
+    on_step,
+    portrait,
+    push,
+    run,
+    small_engine,
+    speech,
+)
 from torch import Tensor
 
-from flashtalk_rt.runtime import Chunk
+from flashtalk_rt.runtime import Chunk, Engine
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
@@ -24,6 +35,41 @@ def test_interrupt_stops_within_one_step(at: int) -> None:
     chunks = run(session, speech(CHUNK + 640))
     assert [chunk.index for chunk in chunks] == [0, 1]
     assert frames_of(chunks).shape[0] == 29
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_interrupt_takes_back_latent_frames_not_yet_decoded(at: int, device: str) -> None:
+    """Neither those nor the chunk's encoding are begun; the next chunk is as after an interrupted step."""
+    engine, straight = (
+        small_engine() if device == "cpu" else Engine(gpu_model(), 1, "fp32", 64, 64) for _ in range(2)
+    )
+    session = engine.session(portrait())
+    push(session, speech(CHUNK))
+    stages = engine._stages
+    assert stages is not None
+    encoded: list[int] = []
+    encode = stages._encode
+    stages._encode = lambda: (encoded.append(1), encode())[1]
+    frames = on_latent_frame(stages, lambda frame: session.interrupt() if frame == at else None)
+    session.push_audio(speech(2 * CHUNK, seed=1))
+    assert list(session) == []
+    assert frames() == at and encoded == []
+    (after,) = push(session, speech(CHUNK, seed=2))
+    assert after.index == 1 and frames() == at + 9 and encoded == [1]
+
+    other = straight.session(portrait())
+    push(other, speech(CHUNK))
+    assert straight._stages is not None
+    (step,) = straight._stages._steps
+    straight._stages._steps = [lambda: (step(), other.interrupt())[0]]
+    other.push_audio(speech(2 * CHUNK, seed=1))
+    assert list(other) == []
+    straight._stages._steps = [step]
+    (expected,) = push(other, speech(CHUNK, seed=2))
+    assert torch.equal(after.frames, expected.frames)
+    engine.close()
+    straight.close()
 
 
 def test_interrupt_from_another_thread() -> None:

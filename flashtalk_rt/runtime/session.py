@@ -93,7 +93,10 @@ class Session:
         self._ended = True
 
     def interrupt(self) -> None:
-        """Drop the queued audio, and the chunk being made at the next denoising step at the latest.
+        """Drop the queued audio, and the chunk being made within a denoising step.
+
+        Once decoding has begun it is dropped within two latent frames (one runs, one is queued), and at its
+        end within its encoding: at the published sizes less than a step.
 
         Iterating then stops.  The stream stays usable: audio pushed from now on continues from the
         last finished chunk.

@@ -149,7 +149,8 @@ class Stages:
         pixels = self._host_pixels()  # now, as pinning memory takes the host milliseconds
         if not self._denoise(motion, noise, stopped, clock, meanwhile):
             return None
-        self._decode_all(pixels, clock)
+        if not self._decode_all(pixels, stopped, clock):
+            return None
         with clock.stage("vae_encode"):
             self._encode()
         self._copies.wait()
@@ -206,16 +207,26 @@ class Stages:
         with torch.inference_mode(False):  # the caller may write to what it gets
             return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pixels.is_cuda)
 
-    def _decode_all(self, host: Tensor, clock: StageClock) -> None:
-        """Decode and match every latent frame; each one's new pixels leave for `host` at once."""
-        first_new = self._model.stream.motion_frames
+    def _decode_all(self, host: Tensor, stopped: Callable[[], bool], clock: StageClock) -> bool:
+        """Decode and match every latent frame; each one's new pixels leave for `host` at once.  False when it
+        was stopped first."""
+        first_new, device = self._model.stream.motion_frames, self._latent.device
         sent = False
+        queued: list[torch.cuda.Event] = []
         for i, block in enumerate(self._blocks):
+            # The host queues one latent frame behind the one that is decoded: the device never waits, and an
+            # interrupt takes back the others.
+            if len(queued) == 2:
+                queued.pop(0).synchronize()
+            if stopped():
+                break
             self._latent_frame.copy_(self._latent[:, :, i : i + 1])
             with clock.stage("vae_decode"):
                 block.decode()
             with clock.stage("color"):
                 block.color()
+            if device.type == "cuda":
+                queued.append(torch.cuda.current_stream(device).record_event())
             new, end = max(block.start, first_new), block.end
             if new >= end:
                 continue
@@ -227,6 +238,7 @@ class Stages:
                 clock.mark("last_frame")
                 sent = True
         self._rooms.clear()
+        return not stopped()
 
     # The stages' callables.  They read and write buffers and, decoding, the rooms.
 
