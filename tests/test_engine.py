@@ -187,6 +187,30 @@ def test_what_depends_on_the_noise_level_and_size_is_computed_once(monkeypatch: 
         plain_chunk(engine, inputs.constants, motion, windows[1], inputs.noise(1))
 
 
+def test_a_session_reads_its_picture_and_prompt_once_and_each_chunk_its_sound_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(tiny.model(), steps=3, precision="fp32", height=16, width=16)
+    session = engine.session(portrait())
+    push(session, speech(CHUNK))
+
+    def again(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    model = engine.model
+    for owner, name in ((model.dit, "context"), (model, "text_encoder"), (model, "image_encoder")):
+        monkeypatch.setattr(owner, name, again)
+    heard = []
+    audio_context = model.dit.audio_context
+    monkeypatch.setattr(
+        model.dit, "audio_context", lambda audio: (heard.append(audio.shape), audio_context(audio))[1]
+    )
+    assert len(push(session, speech(CHUNK), speech(CHUNK))) == 2
+    assert len(heard) == 2, "one chunk's audio keys and values serve its three steps"
+    with pytest.raises(AssertionError, match="computed again"):
+        engine.session(portrait())
+
+
 def test_the_steps_share_one_rotary_table() -> None:
     engine = Engine(tiny.model(), steps=3, precision="fp32", height=16, width=16)
     push(engine.session(portrait()), speech(CHUNK))

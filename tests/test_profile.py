@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
+from streams import gpu_model
 
 from flashtalk_rt import profile as profiler
 from flashtalk_rt.bench import Baselines
@@ -59,6 +60,23 @@ def test_a_profile_adds_up(tmp_path: Path) -> None:
     assert 0.3 < sum(times) / sum(stage.ms for stage in made.stages) < 1.1
     dit = made.stages[1]
     assert dit.flop == 2 * sum(item.flop for item in profiler.work.dit_step(tiny.DIT, STREAM))
+
+
+@pytest.mark.gpu
+def test_a_profile_sees_the_kernels_inside_the_graphs(tmp_path: Path) -> None:
+    engine = Engine(gpu_model(wide=True), steps=2, precision="bf16", height=64, width=64)
+    made = profiler.profile_chunk(engine, tmp_path / "trace.json")
+    engine.close()
+    calls = {kernel.name: kernel.calls for kernel in made.kernels}
+    layers = engine.model.dit.config.num_layers
+    # In each step a layer normalises its q and k, and the q of its text and image attention.
+    assert sum(calls[name] for name in calls if "qk_norm_rope" in name) == 2 * 3 * layers
+    assert not [name for name in calls if name.startswith(("aten::", "cuda", "chunk/"))]
+    times = [kernel.ms for kernel in made.kernels]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    # Of a model this small most of a stage's time lies between the kernels.
+    assert 0.02 < sum(times) / sum(stage.ms for stage in made.stages) < 1.1
+    assert {kind.name for kind in made.kinds if kind.ms > 0} >= {"attention", "convolutions", "products"}
 
 
 def test_a_trace_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
