@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .media import AudioReader, VideoWriter
     from .runtime import Chunk, Session
 
+FILE_COLUMNS = 160  # of a table that goes to no terminal: what the widest takes
 DEFAULT_PROMPT = "A person is talking."
 EMBEDDED_NOTICE = (
     "embedded model: a toy that animates drawn cartoon faces only; give --checkpoint FOLDER for photographs"
@@ -164,11 +165,13 @@ def say(text: str, to_stderr: bool = False) -> None:
 
 
 def show(what: RenderableType) -> None:
-    """A table, with the colours that stdout shows."""
+    """A table, with the colours and the width that stdout shows; none of a file's is cut."""
     from rich.console import Console
 
     text = io.StringIO()
-    Console(file=text, force_terminal=Console().is_terminal or None).print(what)
+    terminal = Console().is_terminal
+    width = None if terminal else FILE_COLUMNS
+    Console(file=text, force_terminal=terminal or None, width=width).print(what)
     say(text.getvalue().rstrip("\n"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -18,13 +19,14 @@ import torch
 from rich.console import Console, RenderableType
 
 from flashtalk_rt import bench, ops
-from flashtalk_rt.bench import baselines, models, plain, report
+from flashtalk_rt.bench import baselines, models, plain, report, suite
 from flashtalk_rt.cli import main
 from flashtalk_rt.config import DiTConfig, StreamConfig
 from flashtalk_rt.errors import FlashTalkError, InputError, OutputError
 from flashtalk_rt.modules.dit import DiT
 from flashtalk_rt.modules.model import Model
 from flashtalk_rt.ops import _dispatch
+from flashtalk_rt.profiles import work
 from flashtalk_rt.profiles.budgets import Budget, Budgets
 from flashtalk_rt.profiles.record import check_latency, read_latency, write_result
 from flashtalk_rt.runtime import Engine
@@ -38,6 +40,7 @@ PLAN = bench.Plan(
     workloads=False,
     copy_bytes=1 << 16,
     product_size=64,
+    attention=work.Attention(heads=2, queries=32, keys=32, head_dim=16),
 )
 
 
@@ -68,10 +71,17 @@ def shown(renderable: RenderableType) -> str:
     return console.export_text()
 
 
+def row_of(text: str, name: str) -> list[str]:
+    """The cells of a table's row beside its name."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    (found,) = [cells[1:] for cells in rows if cells[:1] == [name]]
+    return found
+
+
 def test_a_run_gives_a_valid_result(measured: tuple[Any, ...], tmp_path: Path) -> None:
     record, lines, asked = measured
     check_latency(record, "the run")
-    assert asked == [3] and len(lines) == 6
+    assert asked == [3] and len(lines) == 7
     assert (record["height"], record["width"], record["steps"], record["precision"]) == (32, 48, 2, "fp32")
     assert record["gpus"] == 0 and record["commit"]
     figures = record["figures"]
@@ -100,6 +110,30 @@ def test_the_table_shows_budgets_or_why_none_hold(measured: tuple[Any, ...]) -> 
     assert "12,345" in text and "1,234" in text and "54,321" in text and "no budgets" not in text
     assert "7,654" in shown(bench.table(record, Budgets(record["device"], 0, 32, 48, one, {"adaln": 7654.0})))
     assert "no budgets for this size" in shown(bench.table(record, Budgets("it", 1, 768, 448, one)))
+
+
+def test_a_whole_row_of_a_stage_and_of_an_op(measured: tuple[Any, ...]) -> None:
+    record = copy.deepcopy(measured[0])
+    for of, value in (("figures", 12.0), ("p95", 13.0), ("floors", 10.0), ("reference", 30.0)):
+        record[of]["dit_step_ms"] = value
+    record["ops"]["adaln"] |= {"ms": 0.6, "p95_ms": 0.7, "floor_ms": 0.4, "reference_ms": 0.9}
+    one = (Budget("dit_step_ms", target=15.0, stretch=14.0, published=40.0),)
+    text = shown(bench.table(record, Budgets(record["device"], 0, 32, 48, one, {"adaln": 0.8})))
+    # unit, median, p95, budget, stretch, floor, ratio, plain path, published
+    assert row_of(text, "dit step") == ["ms", "12", "13", "15", "14", "10", "1.20", "30", "40"]
+    # median, p95, budget, floor, ratio, plain path
+    assert row_of(text, "adaln") == ["0.6", "0.7", "0.8", "0.4", "1.50", "0.9"]
+
+
+def test_ops_stand_beside_the_figures_of_their_own_size_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "REGISTRY", [spec for spec in ops.REGISTRY if spec.name == "adaln"])
+    monkeypatch.setattr(suite, "OPS_SIZE", (16, 32))
+    shared = bench.Baselines(dataclasses.replace(PLAN, chunks=1, workloads=True))
+    own = bench.measure(tiny.model(), 1, "fp32", 16, 32, shared, plain=False)
+    other = bench.measure(tiny.model(), 1, "fp32", 32, 16, shared, plain=False)
+    assert set(own["ops"]) == {"adaln"} and "ops" not in other
+    assert "Operators" in shown(bench.table(own, None))
+    assert "Operators" not in shown(bench.table(other, None))
 
 
 def test_numbers() -> None:

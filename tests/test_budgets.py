@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flashtalk_rt import ops
+from flashtalk_rt.bench.suite import OPS_SIZE
 from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
 from flashtalk_rt.errors import InputError, OutputError
 from flashtalk_rt.modules.vae import VAE
@@ -129,6 +130,10 @@ def test_a_breach_of_an_op_names_it(op: str, ms: float, budget: str) -> None:
     h100().check(with_op(op, 0.09))
     h100().check(with_op(op, ms, height=720, width=416))
     h100().check(with_op("an_op_without_a_budget", 1e6))
+
+
+def test_the_ops_are_timed_at_the_size_that_has_budgets() -> None:
+    assert OPS_SIZE == (h100().height, h100().width) == (StreamConfig().height, StreamConfig().width)
 
 
 def test_every_op_that_is_timed_has_a_budget() -> None:
@@ -254,7 +259,9 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_committed_latency_results_are_valid() -> None:
     for path in (Path(__file__).parents[1] / "profiles" / "results").glob("latency-*.json"):
-        assert record.result_name(read_latency(path)) == path.name
+        made = read_latency(path)
+        assert record.result_name(made) == path.name
+        assert ("ops" in made) == ((made["height"], made["width"]) == OPS_SIZE), path.name
 
 
 def test_the_environment_of_a_cpu() -> None:

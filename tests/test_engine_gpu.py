@@ -277,6 +277,23 @@ def test_an_interrupt_waits_for_one_step_at_most(gpu_engine: Callable[..., Engin
 
 
 @pytest.mark.gpu
+def test_released_encoders_give_their_memory_back(gpu_engine: Callable[..., Engine]) -> None:
+    """Once a session has started, and been captured: graphs hold what they read, which encoders are not."""
+    engine = gpu_engine(steps=1, precision="bf16", height=64, width=48)
+    held_bytes = 1 << 28
+    for encoder in (engine.model.text_encoder, engine.model.image_encoder):
+        assert isinstance(encoder, torch.nn.Module)
+        encoder.register_buffer("ballast", torch.empty(held_bytes // 2, dtype=torch.uint8, device=GPU))
+    del encoder
+    session = engine.session(portrait())
+    assert len(push(session, speech(CHUNK))) == 1
+    before_bytes = torch.cuda.memory_allocated()
+    engine.model.release_encoders()
+    assert before_bytes - torch.cuda.memory_allocated() >= held_bytes
+    assert len(push(session, speech(CHUNK))) == 1
+
+
+@pytest.mark.gpu
 def test_two_engines_capture_in_two_threads(gpu_engine: Callable[..., Engine]) -> None:
     engines = [gpu_engine(steps=2, precision="bf16", height=64, width=48) for _ in range(2)]
     sessions = [engine.session(portrait(), seed=3) for engine in engines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -27,7 +28,14 @@ PLAINLY_COUNTED = [
     for case in spec.cases
     if name != "upsample_conv" and not any(mask in case.name for mask in MASKED)
 ]
-PLAN = bench.Plan(repeats=1, op_repeats=1, compiler="eager", copy_bytes=1 << 16, product_size=32)
+PLAN = bench.Plan(
+    repeats=1,
+    op_repeats=1,
+    compiler="eager",
+    copy_bytes=1 << 16,
+    product_size=32,
+    attention=work.Attention(2, 32, 32, 16),
+)
 
 
 def inputs_of(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -154,20 +162,23 @@ def made_up(flop: int | None, dtype: torch.dtype = torch.float32) -> tuple[OpSpe
 
 
 @pytest.mark.parametrize(
-    ("flop", "dtype", "floor_ms"),
+    ("flop", "dtype", "attention_rate", "floor_ms"),
     [
-        (None, torch.float32, 8.0),  # 8,000 bytes at 1e6 a second
-        (1_000, torch.float32, 8.0),
-        (20_000, torch.float32, 10.0),  # at 2e6 a second
-        (20_000, torch.bfloat16, 10.0),
-        (40_000, ops.FP8, 10.0),  # at 4e6
+        (None, torch.float32, 1e6, 8.0),  # 8,000 bytes at 1e6 a second
+        (1_000, torch.float32, 1e6, 8.0),
+        (20_000, torch.float32, 1e6, 10.0),  # at a product's 2e6 a second
+        (20_000, torch.bfloat16, 1e6, 10.0),
+        (25_000, torch.float32, 2.5e6, 10.0),  # at attention's, which is faster
+        (40_000, ops.FP8, 2.5e6, 10.0),  # at 4e6
     ],
 )
 def test_a_floor_is_the_larger_of_bytes_and_operations(
-    flop: int | None, dtype: torch.dtype, floor_ms: float
+    flop: int | None, dtype: torch.dtype, attention_rate: float, floor_ms: float
 ) -> None:
     spec, case = made_up(flop, dtype)
-    rates = baselines.Rates(copy_bytes_per_s=1e6, flop_per_s=2e6, fp8_flop_per_s=4e6)
+    rates = baselines.Rates(
+        copy_bytes_per_s=1e6, flop_per_s=2e6, attention_flop_per_s=attention_rate, fp8_flop_per_s=4e6
+    )
     row = baselines.measure_op(spec, case, CPU, torch.float32, rates, PLAN)
     assert row["floor_ms"] == pytest.approx(floor_ms)
     assert row["bytes"] == 8000 and row["flop"] == (flop or 0)
@@ -177,8 +188,25 @@ def test_a_floor_is_the_larger_of_bytes_and_operations(
 def test_the_rates_are_measured_once() -> None:
     shared = bench.Baselines(PLAN)
     rates = shared.rates(CPU, torch.float32)
-    assert min(rates.copy_bytes_per_s, rates.flop_per_s, rates.fp8_flop_per_s) > 0
+    assert all(rate > 0 for rate in dataclasses.astuple(rates))
     assert shared.rates(CPU, torch.float32) is rates
+
+
+def test_the_rate_of_attention_is_that_of_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    def attention_ms(item: work.Attention, *arguments: Any) -> float:
+        taken.extend((item, *arguments))
+        return 2.0
+
+    monkeypatch.setattr(floors, "attention_ms", attention_ms)
+    rates = bench.Baselines(PLAN).rates(CPU, torch.float32)
+    assert taken == [PLAN.attention, CPU, torch.float32, 1, (ops.chunk_attention,)]
+    assert rates.attention_flop_per_s == 4 * 2 * 32 * 32 * 16 / 2e-3
+
+
+def test_the_attention_whose_rate_is_taken_is_the_14b_models() -> None:
+    assert bench.Plan().attention == work.dit_self_attention(DiTConfig(), StreamConfig())[0]
 
 
 def test_a_products_rate() -> None:

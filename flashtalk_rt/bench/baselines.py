@@ -21,6 +21,8 @@ from ..profiles.timing import Timing, measure, rotation
 from ..runtime.engine import DTYPES, vae_dtype
 from .plain import plain_timings
 
+ATTENDS = (ops.chunk_attention,)  # the fastest attention there is may be the op's own backend
+SELF_ATTENTION = work.Attention(heads=40, queries=12_096, keys=12_096, head_dim=128)  # the 14B model's
 T = TypeVar("T")
 OpRows = dict[str, dict[str, float]]
 
@@ -36,6 +38,7 @@ class Plan:
     workloads: bool = True  # time ops on the 14B model's calls; else on a small case
     copy_bytes: int = floors.COPY_BYTES  # of the copy whose rate is the floor of what only moves data
     product_size: int = floors.PRODUCT_SIZE  # of the product whose rate is the floor of what multiplies
+    attention: work.Attention = SELF_ATTENTION  # or of this attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Rates:
 
     copy_bytes_per_s: float  # read and written
     flop_per_s: float  # of a large product
+    attention_flop_per_s: float  # of the fastest attention
     fp8_flop_per_s: float  # of one of float8 operands
 
 
@@ -72,13 +76,20 @@ class Baselines:
         return self._once(("ops", device, dtype), lambda: measure_ops(device, dtype, rates, self.plan))
 
     def rates(self, device: torch.device, dtype: torch.dtype) -> Rates:
-        """Of copies, and of products in `dtype` and in float8."""
+        """Of copies, of products in `dtype` and in float8, and of attention in `dtype`."""
         copy, plan = self.copy_rate(device), self.plan
 
         def product(kind: torch.dtype) -> float:
             return floors.product_flop_per_s(device, kind, plan.repeats, plan.product_size)
 
-        return self._once(("rates", device, dtype), lambda: Rates(copy, product(dtype), product(floors.FP8)))
+        def attention() -> float:
+            took_ms = floors.attention_ms(plan.attention, device, dtype, plan.repeats, ATTENDS)
+            return plan.attention.flop / (took_ms / 1e3)
+
+        return self._once(
+            ("rates", device, dtype),
+            lambda: Rates(copy, product(dtype), attention(), product(floors.FP8)),
+        )
 
     def copy_rate(self, device: torch.device) -> float:
         """Bytes that a copy reads and writes a second."""
@@ -124,8 +135,7 @@ def measure_floors(
             work.dit_main_linears(config, stream), floors.FP8 if precision == "fp8" else dtype
         )
         + floor_ms(audio)
-        # The fastest attention there is, be it the op's own backend.
-        + floor_ms(work.dit_self_attention(config, stream), attends=(ops.chunk_attention,)),
+        + floor_ms(work.dit_self_attention(config, stream), attends=ATTENDS),
         "vae_decode_ms": convolutions_ms(decode),
         "vae_encode_ms": convolutions_ms(work.vae_encode(model.vae.config, stream)),
         "color_ms": 1e3 * work.color_bytes(stream) / copy_rate,
@@ -175,8 +185,9 @@ def measure_op(
     results), flop (`OpSpec.flop`; 0: it only moves data), floor_ms, reference_ms (its plain meaning under
     torch.compile, where it fits).
 
-    The floor is the larger of the bytes at the copy's rate and the operations at the bare product's, float8's
-    where an argument is float8.  Attention and convolutions are products too, none of which is faster.
+    The floor is the larger of the bytes at the copy's rate and the operations at the bare product's or the
+    bare attention's, whichever is faster: a GPU at its power limit may clock lower under the product.  Where
+    an argument is float8, they are at the float8 product's.
     """
     assert spec.function is not None
     function = spec.function
@@ -185,9 +196,10 @@ def measure_op(
     given = tensors(list(arguments.values()))
     moved = sum(tensor.nbytes for tensor in [*given, *tensors([function(**arguments)])])
     flop = 0 if spec.flop is None else spec.flop(**arguments)
-    product_rate = (
-        rates.fp8_flop_per_s if any(tensor.dtype == floors.FP8 for tensor in given) else rates.flop_per_s
-    )
+    if any(tensor.dtype == floors.FP8 for tensor in given):
+        flop_rate = rates.fp8_flop_per_s
+    else:
+        flop_rate = max(rates.flop_per_s, rates.attention_flop_per_s)
     read = sum(tensor.nbytes for tensor in given)
     inputs = rotation(lambda: (case.make(device, dtype, generator),), read, device)
     # As the product whose rate is the floor; what only moves data does not depend on these clocks.
@@ -202,7 +214,7 @@ def measure_op(
         "p95_ms": timing.p95_ms,
         "bytes": moved,
         "flop": flop,
-        "floor_ms": 1e3 * max(moved / rates.copy_bytes_per_s, flop / product_rate),
+        "floor_ms": 1e3 * max(moved / rates.copy_bytes_per_s, flop / flop_rate),
     }
     plain = spec.eager or spec.reference
     if plain is not None:

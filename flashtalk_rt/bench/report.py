@@ -17,7 +17,10 @@ STAGES = ("dit_step_ms", "vae_decode_ms", "vae_encode_ms", "color_ms")
 UNITS = {"ms": "ms", "gb": "GB"}
 FIRST_FRAME = "first frame: its pixels on the host; Session hands out whole chunks; audio features made ahead"
 P95 = "p95: of fewer than 20 chunks, the largest"
-OP_FLOOR = "floor: the bytes at a copy's rate, or the operations at a bare product's, whichever takes longer"
+OP_FLOOR = (
+    "floor: the bytes at a copy's rate, or the operations at the faster of a bare product's and attention's, "
+    "whichever takes longer"
+)
 
 
 def number(value: float | None) -> str:
@@ -32,8 +35,8 @@ def ratio(value: float, of: float | None) -> str:
 
 
 def table(record: Mapping[str, Any], budgets: Budgets | None) -> RenderableType:
-    """Median, p95, budget, floor, their ratio and plain path of every figure and op of a latency result; says
-    so where the device has no budgets, or none for what was measured."""
+    """Median, p95, budget, floor, their ratio and plain path of every figure of a latency result, and of the
+    ops that it has; says so where the device has no budgets, or none for what was measured."""
     held = budgets.of(record) if budgets is not None else {}
     shape = f"{record['height']} x {record['width']}, {record['steps']} steps, {record['precision']}"
     columns = (
@@ -70,7 +73,7 @@ def table(record: Mapping[str, Any], budgets: Budgets | None) -> RenderableType:
             number(None if budget is None else budget.published),
             style="red" if budget is not None and budget.breaches(value, floor) else None,
         )
-    return Group(stages, _ops_table(record, budgets))
+    return Group(stages, _ops_table(record, budgets)) if "ops" in record else stages
 
 
 def _ops_table(record: Mapping[str, Any], budgets: Budgets | None) -> Table:

@@ -30,6 +30,7 @@ from .baselines import Baselines
 from .plain import check_results
 
 WARM_CHUNKS = 2  # after the first, which captures
+OPS_SIZE = (768, 448)  # whose calls `OpSpec.workload` makes
 
 Log = Callable[[str], None]
 Repeat = Callable[[Callable[[], object], int], object]  # calls its first argument so many times
@@ -83,8 +84,8 @@ def measure(
     repeat: Repeat = repeat_plainly,
     log: Log = lambda line: None,
 ) -> dict[str, Any]:
-    """Run the whole suite and return its result (`profiles.record.check_latency`), with p95, errors and ops
-    beside what that asks for.
+    """Run the whole suite and return its result (`profiles.record.check_latency`), with p95, errors and, at
+    the size of their calls, ops beside what that asks for.
 
     The model is converted to `precision` and its text and image encoders are released.  Pass one
     `baselines` to several runs, so that nothing is measured twice.  plain: with the plain path; else
@@ -127,8 +128,13 @@ def measure(
         # The plain path hands out no frame before it has decoded and matched all.
         reference |= with_totals({name: timing.median_ms for name, timing in stages.items()}, steps, 1.0)
         reference_spreads = {name: timing.spread_ms for name, timing in stages.items()}
-    log("measuring the ops")
-    op_rows, rates = baselines.ops(device, dtype), baselines.rates(device, dtype)
+    log("measuring what the device does at most")
+    rates = baselines.rates(device, dtype)
+    rows = {}
+    # Beside the figures of another size they would mislead; small cases are of no size.
+    if (height, width) == OPS_SIZE or not plan.workloads:
+        log("measuring the ops")
+        rows["ops"] = baselines.ops(device, dtype)
     later = stream.motion_frames // 4 + (stream.motion_frames % 4 > 0)  # latent frames to the first new frame
     first_share = work.total_flop(
         work.vae_decode_frame(model.vae.config, stream, first=True, folded=True)
@@ -156,8 +162,9 @@ def measure(
             str(dtype).removeprefix("torch."): rates.flop_per_s / 1e12,
             "float8_e4m3fn": rates.fp8_flop_per_s / 1e12,
         },
+        "attention_tflop_per_s": rates.attention_flop_per_s / 1e12,
         "errors": errors,
-        "ops": op_rows,
+        **rows,
     }
 
 
