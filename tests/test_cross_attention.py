@@ -258,6 +258,29 @@ def test_triton_serves_the_head_dimensions_it_has_tiles_for(name: str) -> None:
     assert "head dimension" in str(supports(Situation("cuda", torch.bfloat16, 24, capability=(9, 0))))
 
 
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_batches_of_little_text_are_left_to_the_cuda_kernel(device: str) -> None:
+    """By Triton's behind it, which no op launches so where there is no CUDA kernel."""
+    from flashtalk_rt.triton_kernels.resident_attention import RESIDENT, launch_resident
+
+    inputs = [
+        normal(4, tokens, 2, 128, seed=i, dtype=torch.float16, device=device)
+        for i, tokens in enumerate((133, 70, 70, 257, 257))
+    ]
+    bias = normal(4, 70, seed=5, dtype=torch.float32, device=device)
+    for row, visible in zip(bias, (48, 49, 1, 70), strict=True):
+        row[visible:] = float("-inf")
+    out = torch.full_like(inputs[0], 7)
+    launch_resident((*inputs, bias, out), RESIDENT, but_text=48)
+    assert (out[::2] == 7).all()
+    served = [x[1::2] for x in (*inputs, bias)]
+    eager = ops.dual_cross_attention(*served[:5], text_bias=served[5], backend="torch")
+    exact = ops.dual_cross_attention(*(x.float() for x in served[:5]), text_bias=served[5], backend="torch")
+    check("output", results(out[1::2]), results(eager), [exact], 2e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
 @torch.no_grad()

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from random_tensors import normal
+from test_chunk_attention_cuda import TILE_KEYS
 from torch import Tensor
 
 from flashtalk_rt import ops
 from flashtalk_rt.errors import InputError
-from flashtalk_rt.ops import Quantized
+from flashtalk_rt.ops import Quantized, chunk_attention_cuda
 from flashtalk_rt.ops._dispatch import Case, OpSpec, Situation, interpreted
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -62,7 +64,17 @@ KERNELS = [
     for parameter in parameters("cuda", lambda spec: low_dtypes(spec, "cuda"))
     if parameter.values[2] in ("triton", "cuda")
 ]
-BACKWARD_KERNELS = {("chunk_attention", "triton"): ("q", "k", "v")}  # other gradients are torch's
+# Gradients that kernels compute, as they are asked for together: the bias's changes what is launched.
+# Every other op's are torch's.
+BACKWARD_KERNELS = {("chunk_attention", "triton"): (("q", "k", "v"), ("q", "k", "v", "key_bias"))}
+# Ops that the engine has write over their past, and the argument that says where.
+ROOMS = {"norm_silu": "out", "add_norm_silu": "out", "vae_head": "future"}
+OVER_THEIR_PAST = [
+    pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+    for spec in SPECS
+    if spec.name in ROOMS
+    for case in spec.cases
+]
 
 
 @pytest.fixture(autouse=True)
@@ -236,11 +248,44 @@ def test_a_kernel_alone(
         with pytest.raises(InputError, match=backend):
             spec.function(**inputs, backend=backend)
         return
-    leaves = [inputs[name].requires_grad_() for name in BACKWARD_KERNELS.get((spec.name, backend), ())]
     out = spec.function(**inputs, backend=backend)
     assert all(part.isfinite().all() for part in results(out))
-    if leaves:
-        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
+    for wanted in BACKWARD_KERNELS.get((spec.name, backend), ()):
+        if all(inputs[name] is not None for name in wanted):
+            leaves = [inputs[name].requires_grad_() for name in wanted]
+            out = spec.function(**inputs, backend=backend)
+            assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(("spec", "case"), OVER_THEIR_PAST)
+def test_a_kernel_alone_over_its_past(spec: OpSpec, case: Case, device: str) -> None:
+    """As the engine calls it: bit for bit what a new tensor would hold."""
+    assert spec.function is not None
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("kernels were compiled for the GPU, where this test runs too")
+    inputs = draw(case, device, torch.float16)
+    expected = spec.function(**inputs, backend="triton")
+    room = torch.empty_like(expected[-1] if isinstance(expected, tuple) else expected)
+    if inputs["past"] is not None:
+        inputs["past"] = room[:, :, -2:].copy_(inputs["past"])
+    found = spec.function(**inputs, **{ROOMS[spec.name]: room}, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(results(found), results(expected), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile_keys", TILE_KEYS)
+def test_a_kernel_alone_by_tiles_of(tile_keys: int) -> None:
+    """CUDA's chunk attention, whose op takes tiles of one size: several tiles of keys, and more of queries
+    than a GPU has multiprocessors."""
+    reason = chunk_attention_cuda.supports(Situation.of(torch.device("cuda"), torch.bfloat16, 128))
+    if reason is not None:
+        pytest.skip(reason)
+    q, k, v = (
+        normal(2, n, 24, 128, seed=i, dtype=torch.bfloat16, device="cuda")
+        for i, n in enumerate((300, 385, 385))
+    )
+    assert chunk_attention_cuda.launch(q, k, v, tile_keys).isfinite().all()
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

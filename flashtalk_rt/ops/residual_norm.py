@@ -187,7 +187,10 @@ def layer_norm(
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
-    """x + y * gate: x, y [B, L, D]; gate [B, 1, D] float32.  Returns x's dtype."""
+    """x + y * gate: x, y [B, L, D]; gate [B, 1, D] float32.  Returns x's dtype.
+
+    No fp8: no matrix product reads the residual stream, only its norm, which `residual_norm(fp8=True)` gives.
+    """
     if backend_for(GATE_RESIDUAL, x.device, x.dtype, wanted=backend) == "triton":
         return _launch(x, y, gate, None, None, eps=0.0, fp8=False)[0]
     return reference.gate_residual(x, y, gate)
