@@ -12,22 +12,14 @@ import pytest
 import tiny
 import torch
 from command import ROOT
+from test_bench import PLAN
 
-from flashtalk_rt import bench, ops
+from flashtalk_rt import ops
 from flashtalk_rt.bench import command
 from flashtalk_rt.cli import main
 from flashtalk_rt.modules.model import Model
-from flashtalk_rt.profiles import budgets, record, work
+from flashtalk_rt.profiles import budgets, record
 
-PLAN = bench.Plan(
-    repeats=1,
-    op_repeats=1,
-    compiler="eager",
-    workloads=False,
-    copy_bytes=1 << 16,
-    product_size=64,
-    attention=work.Attention(heads=2, queries=32, keys=32, head_dim=16),
-)
 SIZES = ("768x448-4", "768x448-2", "768x448-1", "720x416-4")
 
 
