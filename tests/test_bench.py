@@ -292,6 +292,14 @@ def test_a_random_model_listens_with_wav2vec2_and_streams() -> None:
     assert chunk.frames.shape == (28, 16, 16, 3)
 
 
+def test_random_encoders_say_the_same_to_every_session() -> None:
+    """Else no two sessions of a random model could be compared."""
+    image, text = models.RandomImageEncoder(8), models.RandomTextEncoder(4, 8)
+    picture = torch.zeros(1, 3, 1, 16, 16)
+    assert torch.equal(image(picture), image(picture))
+    assert torch.equal(text("a"), text("a"))
+
+
 def test_the_14b_model_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="needs a GPU"):
         bench.published_model("cpu")

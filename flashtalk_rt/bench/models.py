@@ -27,8 +27,9 @@ class RandomImageEncoder:
         self._dim = dim
 
     def __call__(self, image: Tensor) -> Tensor:
-        """-> [1, tokens, dim], whatever the image."""
-        return torch.randn(1, IMAGE_TOKENS, self._dim, device=image.device)
+        """-> [1, tokens, dim], the same whatever the image."""
+        generator = torch.Generator(image.device).manual_seed(0)
+        return torch.randn(1, IMAGE_TOKENS, self._dim, generator=generator, device=image.device)
 
 
 class RandomTextEncoder:
@@ -38,8 +39,8 @@ class RandomTextEncoder:
         self._shape = (tokens, dim)
 
     def __call__(self, prompt: str) -> Tensor:
-        """-> [tokens, dim], whatever the prompt."""
-        return torch.randn(self._shape)
+        """-> [tokens, dim], the same whatever the prompt."""
+        return torch.randn(self._shape, generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
