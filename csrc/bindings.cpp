@@ -29,13 +29,13 @@ PYBIND11_MODULE(_C, module) {
         "chunk_attention",
         [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, const std::array<int64_t, 3>& q_strides,
            const std::array<int64_t, 3>& k_strides, const std::array<int64_t, 3>& v_strides, int batch, int length,
-           int keys, int heads, int tile_keys, int device, uintptr_t stream) {
+           int keys, int heads, int device, uintptr_t stream) {
             flashtalk::chunk_attention({q, k, v, out, q_strides, k_strides, v_strides, batch, length, keys, heads,
-                                        tile_keys, device, stream});
+                                        device, stream});
         },
         py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("q_strides"),
         py::arg("k_strides"), py::arg("v_strides"), py::arg("batch"), py::arg("length"), py::arg("keys"),
-        py::arg("heads"), py::arg("tile_keys") = 0, py::arg("device"), py::arg("stream"),
+        py::arg("heads"), py::arg("device"), py::arg("stream"),
         "Enqueue an attention (csrc/api/chunk_attention.h).  ValueError for what the kernel does not take, "
         "RuntimeError naming the call for an error of CUDA.");
     module.attr("CROSS_TEXT_KEYS") = flashtalk::kCrossTextKeys;

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from conv_inputs import SIZES_OF_MANY_TILES, conv_inputs
 from random_tensors import normal
-from test_chunk_attention_cuda import TILE_KEYS
 from torch import Tensor
 
 from flashtalk_rt import ops
 from flashtalk_rt.errors import InputError
-from flashtalk_rt.ops import Quantized, chunk_attention_cuda
+from flashtalk_rt.ops import Quantized
 from flashtalk_rt.ops._dispatch import Case, OpSpec, Situation, interpreted
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -274,17 +274,30 @@ def test_a_kernel_alone_over_its_past(spec: OpSpec, case: Case, device: str) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile_keys", TILE_KEYS)
-def test_a_kernel_alone_by_tiles_of(tile_keys: int) -> None:
-    """CUDA's chunk attention, whose op takes tiles of one size: several tiles of keys, and more of queries
-    than a GPU has multiprocessors."""
+def test_a_kernel_alone_of_many_tiles() -> None:
+    """CUDA's chunk attention: several tiles of keys, and more of queries than a GPU has multiprocessors."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is sm_90's")
     q, k, v = (
         normal(2, n, 24, 128, seed=i, dtype=torch.bfloat16, device="cuda")
         for i, n in enumerate((300, 385, 385))
     )
-    assert chunk_attention_cuda.launch(q, k, v, tile_keys).isfinite().all()
+    assert ops.chunk_attention(q, k, v, backend="cuda").isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("kernel", [(3, 3), (3, 1)], ids=["3x3x3", "3x1x1"])
+@pytest.mark.parametrize(("size", "channels"), SIZES_OF_MANY_TILES)
+def test_a_kernel_alone_by_tiles_of_slices(
+    size: tuple[int, int, int], channels: tuple[int, int], kernel: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Every tile of CUDA's slice convolution, of which the op's cases choose two, and blocks that go on from
+    one tile to the next."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is sm_90's")
+    inputs = {name: x.to("cuda", dtype) for name, x in conv_inputs(size, channels, kernel, "cpu").items()}
+    assert ops.slice_conv(**inputs, backend="cuda").isfinite().all()
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

@@ -25,13 +25,6 @@ void check_strides(const char* name, const Operand& x) {
     }
 }
 
-const Variant& choose(int tile_keys) {
-    for (const Variant& variant : kVariantTable) {
-        if (tile_keys == 0 || tile_keys == variant.keys) return variant;
-    }
-    kChecks.refuse("there is no tile of " + std::to_string(tile_keys) + " keys");
-}
-
 }  // namespace
 
 void chunk_attention(const ChunkAttentionCall& call) {
@@ -49,7 +42,6 @@ void chunk_attention(const ChunkAttentionCall& call) {
     check_strides("q", q);
     check_strides("k", k);
     check_strides("v", v);
-    const Variant& variant = choose(call.tile_keys);
     // Rows are rounded up to tiles, in 32 bits.
     if (std::max(call.length, call.keys) > std::numeric_limits<int>::max() / 2) kChecks.refuse("too many rows");
     FT_CHECK_CUDA(cudaSetDevice(call.device));
@@ -62,16 +54,14 @@ void chunk_attention(const ChunkAttentionCall& call) {
 
     const EncodeTiled encode = encode_tiled();
     CUtensorMap queries = tensor_map(encode, q, kQueries);
-    CUtensorMap keys = tensor_map(encode, k, variant.keys);
-    CUtensorMap values = tensor_map(encode, v, variant.keys);
+    CUtensorMap keys = tensor_map(encode, k, Tile::kKeys);
+    CUtensorMap values = tensor_map(encode, v, Tile::kKeys);
     auto* out = reinterpret_cast<uint16_t*>(call.out);
 
-    FT_CHECK_CUDA(cudaFuncSetAttribute(
-        variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes));
+    FT_CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes));
     const dim3 grid(static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors));
     std::array<void*, 5> parameters{&queries, &keys, &values, &shape, &out};
-    FT_CHECK_CUDA(cudaLaunchKernel(variant.kernel, grid, dim3(kThreads), parameters.data(),
-                                   static_cast<size_t>(variant.shared_bytes),
+    FT_CHECK_CUDA(cudaLaunchKernel(kKernel, grid, dim3(kThreads), parameters.data(), size_t{Tile::kSharedBytes},
                                    reinterpret_cast<cudaStream_t>(call.stream)));
 }
 

@@ -1,4 +1,4 @@
-// The host side of attention: check -> variant -> tensor maps -> launch.
+// The host side of attention: check -> tensor maps -> launch.
 #pragma once
 
 #include <array>
@@ -15,7 +15,6 @@ struct ChunkAttentionCall {
     uintptr_t out;      // [batch, length, heads, 128], contiguous; overlaps none of the others
     std::array<int64_t, 3> q_strides, k_strides, v_strides;
     int batch, length, keys, heads;
-    int tile_keys;  // keys a tile: 0 for what is preferred, or one of the compiled variants'
     int device;
     uintptr_t stream;
 };

@@ -28,11 +28,6 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-#define FT_REGISTERS_8(d, i)                                                                             \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-        "+f"(d[i + 7])
-#define FT_REGISTERS_16(d, i) FT_REGISTERS_8(d, i), FT_REGISTERS_8(d, i + 8)
-
 // d [64, N] (+)= a [64, 16] b [N, 16]^T, bf16 in shared memory.  `accumulate` 0 ignores d's old values.  The
 // trailing immediates: neither negated, both K-major.
 __device__ __forceinline__ void mma_scores(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
@@ -46,23 +41,6 @@ __device__ __forceinline__ void mma_scores(float (&d)[64], uint64_t a, uint64_t 
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
         "}, %64, %65, p, 1, 1, 0, 0;\n}"
         : FT_REGISTERS_16(d, 0), FT_REGISTERS_16(d, 16), FT_REGISTERS_16(d, 32), FT_REGISTERS_16(d, 48)
-        : "l"(a), "l"(b), "r"(accumulate));
-}
-
-__device__ __forceinline__ void mma_scores(float (&d)[88], uint64_t a, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "setp.ne.b32 p, %90, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87"
-        "}, %88, %89, p, 1, 1, 0, 0;\n}"
-        : FT_REGISTERS_16(d, 0), FT_REGISTERS_16(d, 16), FT_REGISTERS_16(d, 32), FT_REGISTERS_16(d, 48),
-          FT_REGISTERS_16(d, 64), FT_REGISTERS_8(d, 80)
         : "l"(a), "l"(b), "r"(accumulate));
 }
 
@@ -85,9 +63,6 @@ __device__ __forceinline__ void mma_values(float (&d)[64], const uint32_t* a, ui
         : FT_REGISTERS_16(d, 0), FT_REGISTERS_16(d, 16), FT_REGISTERS_16(d, 32), FT_REGISTERS_16(d, 48)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
 }
-
-#undef FT_REGISTERS_16
-#undef FT_REGISTERS_8
 
 // --- groups of products, each asked for as a whole ----------------------------------------------------
 

@@ -16,10 +16,8 @@ constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kStages = 2;                 // tiles of keys, and of values, in shared memory
 constexpr int kSlots = 1 + 2 * kStages;
 
-// kKeys: keys a tile.
-template <int kKeys_>
 struct Tile {
-    static constexpr int kKeys = kKeys_;
+    static constexpr int kKeys = 192;  // faster than 176 and 128
     static constexpr int kHalfBytes = kKeys * kRowBytes;
     static constexpr int kTileBytes = kHalves * kHalfBytes;  // of keys, or of values
     static constexpr int kQueryHalfBytes = kQueries * kRowBytes;
@@ -35,7 +33,6 @@ struct Tile {
 
 // Where things lie, from a 1024-byte aligned start on.  Slot 0 holds the queries; 1 + stage keys;
 // 1 + kStages + stage values.
-template <class Tile>
 struct Memory {
     uint32_t base;
 
@@ -80,12 +77,6 @@ constexpr FT_HOST_DEVICE Origin tile_origin(const Shape& shape, int tile) {
     return {tile % across * kQueries, tile / across % shape.heads, tile / across / shape.heads};
 }
 
-// A compiled tile, for the host side to choose from.
-struct Variant {
-    int keys, shared_bytes;
-    const void* kernel;  // (CUtensorMap q, CUtensorMap k, CUtensorMap v, Shape, void* out)
-};
-constexpr int kVariants = 3;
-extern const Variant kVariantTable[kVariants];  // kernels/chunk_attention.cu; the preferred one first
+extern const void* const kKernel;  // kernels/chunk_attention.cu: (CUtensorMap q, k and v, Shape, void* out)
 
 }  // namespace flashtalk::attention

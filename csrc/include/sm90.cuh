@@ -113,6 +113,7 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// Sixteen accumulators from d[i] on, as operands of the asm that follows.
 #define FT_REGISTERS_16(d, i)                                                                                 \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]),      \
@@ -171,6 +172,5 @@ __device__ __forceinline__ void mma(float (&d)[96], uint64_t a, uint64_t b, int 
 
 #undef FT_MMA_192
 #undef FT_MMA_96
-#undef FT_REGISTERS_16
 
 }  // namespace flashtalk

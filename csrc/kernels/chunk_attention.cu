@@ -28,9 +28,8 @@ constexpr int kTurnBarrier = 1;          // and 2: one a warpgroup; 0 is __synct
 // consumers' only other wait is for their turn (below).  A warpgroup releases what the producer needs for a
 // load before it waits for a turn or for that load: K_n goes where K_n+2 was, V_n+1 where V_n+3 was, and
 // both are released before the step that asks for K_n+1; Q is released before the last V is waited for.
-template <class Tile>
 __device__ __forceinline__ void produce(
-    const Memory<Tile>& memory, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
+    const Memory& memory, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
     const Shape& shape) {
     prefetch_map(q);
     prefetch_map(k);
@@ -142,8 +141,7 @@ __device__ __forceinline__ void finish_weights(const Rows& rows, uint32_t spare)
         : "memory");
 }
 
-template <class Tile>
-__device__ __forceinline__ void consume(const Memory<Tile>& memory, const Shape& shape, uint16_t* out, int group) {
+__device__ __forceinline__ void consume(const Memory& memory, const Shape& shape, uint16_t* out, int group) {
     const bool signals = threadIdx.x % 32 == 0;  // each warp releases what it has read
     const int tiles = static_cast<int>(tile_count(shape));
     const int last = ceil_div(shape.keys, Tile::kKeys) - 1;
@@ -208,13 +206,12 @@ __device__ __forceinline__ void consume(const Memory<Tile>& memory, const Shape&
     if (group == 0) take_turn(0);  // the last grant, so that none is left over
 }
 
-template <class Tile>
 __global__ void __launch_bounds__(kThreads, 1) chunk_attention_kernel(
     const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
     const __grid_constant__ Shape shape, uint16_t* out) {
     extern __shared__ uint8_t shared[];
     const uint32_t start = shared_address(shared);
-    const Memory<Tile> memory{(start + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment};
+    const Memory memory{(start + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment};
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < kSlots; ++slot) {
             barrier_init(memory.full(slot), 1);
@@ -225,20 +222,15 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_kernel(
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<kProducerRegisters>();
-        if (threadIdx.x == 0) produce<Tile>(memory, q, k, v, shape);
+        if (threadIdx.x == 0) produce(memory, q, k, v, shape);
     } else {
         take_registers<kConsumerRegisters>();
-        consume<Tile>(memory, shape, out, __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1);
+        consume(memory, shape, out, __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1);
     }
-}
-
-template <int kKeys>
-Variant variant() {
-    return {kKeys, Tile<kKeys>::kSharedBytes, reinterpret_cast<const void*>(&chunk_attention_kernel<Tile<kKeys>>)};
 }
 
 }  // namespace
 
-const Variant kVariantTable[kVariants] = {variant<192>(), variant<176>(), variant<128>()};
+const void* const kKernel = reinterpret_cast<const void*>(&chunk_attention_kernel);
 
 }  // namespace flashtalk::attention

@@ -278,27 +278,36 @@ void choices() {
         describe<SliceConvTile<192, 2, 1>>(nullptr, nullptr), describe<SliceConvTile<96, 4, 1>>(nullptr, nullptr),
         describe<SliceConvTile<192, 1, 1>>(nullptr, nullptr), describe<SliceConvTile<96, 2, 1>>(nullptr, nullptr),
     };
-    const struct {
-        SliceConvShape shape;
-        int spatial, n, rows;
-    } expected[] = {
-        {{4, 768, 448, 96, 96, 3}, 3, 96, 64},  // the decoder's levels, the last first
-        {{4, 384, 224, 192, 192, 3}, 3, 192, 32},
-        {{2, 192, 112, 384, 384, 3}, 3, 192, 32},
-        {{1, 96, 56, 384, 384, 3}, 3, 192, 16},
-        {{1, 250, 250, 96, 96, 3}, 3, 96, 64},  // what the tests on a GPU call, to run every variant
-        {{1, 125, 250, 96, 192, 3}, 3, 192, 32},
-        {{1, 65, 17, 96, 96, 3}, 3, 96, 32},
-        {{1, 65, 17, 96, 192, 3}, 3, 192, 16},
-        {{1, 250, 250, 96, 96, 3}, 1, 96, 64},
-        {{1, 125, 250, 96, 192, 3}, 1, 192, 32},
-        {{1, 65, 17, 96, 96, 3}, 1, 96, 32},
-        {{1, 65, 17, 96, 192, 3}, 1, 192, 16},
-    };
-    for (const auto& [shape, spatial, n, rows] : expected) {
+    const auto check = [&](const SliceConvShape& shape, int spatial, int n, int rows) {
         const SliceConvVariant* found = choose(variants, shape, spatial, 132);
         CHECK(found != nullptr && found->n == n && found->rows == rows, "%d x %d to %d channels: a tile of %d x %d",
               shape.height, shape.width, shape.out_channels, found->rows, found->n);
+    };
+    // The decoder's levels, the last first.
+    check({4, 768, 448, 96, 96, 3}, 3, 96, 64);
+    check({4, 384, 224, 192, 192, 3}, 3, 192, 32);
+    check({2, 192, 112, 384, 384, 3}, 3, 192, 32);
+    check({1, 96, 56, 384, 384, 3}, 3, 192, 16);
+    for (const int spatial : {1, 3}) {
+        // What the tests on a GPU call, to run every variant.
+        check({1, 250, 250, 96, 96, 3}, spatial, 96, 64);
+        check({1, 125, 250, 96, 192, 3}, spatial, 192, 32);
+        check({1, 65, 17, 96, 96, 3}, spatial, 96, 32);
+        check({1, 65, 17, 96, 192, 3}, spatial, 192, 16);
+        // What the sanitizers see (tests/conv_inputs.py): with more tiles than there are blocks.
+        const struct {
+            SliceConvShape shape;
+            int n, rows;
+        } many[] = {
+            {{2, 260, 192, 64, 96, 3}, 96, 64},
+            {{1, 260, 192, 64, 192, 3}, 192, 32},
+            {{4, 70, 130, 64, 96, 3}, 96, 32},
+            {{4, 33, 130, 64, 192, 3}, 192, 16},
+        };
+        for (const auto& [shape, n, rows] : many) {
+            check(shape, spatial, n, rows);
+            CHECK(tile_count(shape, n, rows) > 132, "a block has but one tile of %d x %d", rows, n);
+        }
     }
     CHECK(choose(variants, {1, 9, 9, 32, 100, 1}, 1, 132) == nullptr, "100 channels were accepted");
 }

@@ -32,16 +32,7 @@ def supports(situation: Situation) -> str | None:
 
 @torch.library.custom_op("flashtalk_rt::chunk_attention_cuda", mutates_args=(), device_types="cuda")
 def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return launch(q, k, v)
-
-
-@kernel.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def launch(q: Tensor, k: Tensor, v: Tensor, tile_keys: int = 0) -> Tensor:
-    """csrc/api/chunk_attention.h; `tile_keys`: keys a tile as a variant has them, 0 for the preferred one."""
+    """csrc/api/chunk_attention.h"""
     module = extension()
     if isinstance(module, str):
         raise InputError(f"chunk_attention: {module}")
@@ -59,11 +50,15 @@ def launch(q: Tensor, k: Tensor, v: Tensor, tile_keys: int = 0) -> Tensor:
             length=length,
             keys=k.shape[1],
             heads=heads,
-            tile_keys=tile_keys,
             device=q.device.index,
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return out
+
+
+@kernel.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def copyable(x: Tensor) -> Tensor:
