@@ -25,7 +25,11 @@ CPU_FEATURES = {
     "x86_64": ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16"),
     "aarch64": ("asimd", "bf16", "sve", "svebf16"),
 }
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),  # the VAE's is float16 there
+}
+BY_SIZE = "for heads of 128; slice_conv, pixel_attention and dual_cross_attention also choose by size"
 COMMAND_TIMEOUT_S = 20
 
 
@@ -34,7 +38,9 @@ def report(ops: Iterable[OpSpec], cpuinfo: Path = Path("/proc/cpuinfo")) -> Rend
     machine = Table("", "this machine", title="Machine")
     for name, value in [*software(), *cpu(cpuinfo), *gpus()]:
         machine.add_row(name, value)
-    served = Table("op", "device", "dtype", "served by", "refused, and why", title="Operators")
+    served = Table(
+        "op", "device", "dtype", "served by", "refused, and why", title="Operators", caption=BY_SIZE
+    )
     for row in served_by(ops, devices(), DiTConfig().head_dim):
         served.add_row(*row)
     return Group(machine, served)
@@ -52,7 +58,7 @@ def served_by(
     rows = []
     for op in ops:
         for device in on:
-            for dtype in DTYPES:
+            for dtype in DTYPES[device.type]:
                 where = (op.name, str(device), str(dtype).removeprefix("torch."))
                 try:
                     choice = choose(op, Situation.of(device, dtype, head_dim))

@@ -50,7 +50,9 @@ OTHER = "other"
 NO_FLOORS = "floor: measured on a CUDA device only; of a CPU nothing is claimed"
 FLOORS = "floor, ms: the stage's products, attention and convolutions alone"
 MOVED = "GB/s: of what a stage cannot avoid to read and write"
-COUNTED = "the audio encoder's kernels are in the time, not in the operations"
+COUNTED = (
+    "TFLOP: of a stage, what the published form asks for; of a kind, what ran, without the audio encoder's"
+)
 KIND_OF_WORK = {work.Attention: "attention", work.Convolution: "convolutions", work.Gemm: "products"}
 
 

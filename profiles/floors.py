@@ -1,5 +1,6 @@
-"""Floors, measured: the products, attentions and convolutions of `work` alone, through the vendor's
-libraries, and the rate of a plain copy.  No runtime of ours can be much faster than their sum.
+"""Floors, measured: the products, attentions and convolutions of `work` alone, each by the fastest there is
+(the vendor's libraries, and kernels that the caller adds), and the rate of a plain copy.  No runtime of ours
+can be much faster than their sum.
 
 Data is random (zeros draw less power and run faster) and larger than the L2 cache in turn, and the clocks are
 those that the GPU holds under the load (`timing.measure`).
@@ -115,6 +116,8 @@ def attention_ms(
             break  # it would hold every score, and is not needed
         try:
             attend(*inputs[0])
+        except torch.OutOfMemoryError:
+            raise  # it may be the fastest
         except (RuntimeError, FlashTalkError):
             continue  # it does not take the shape, the dtype or the device
         times_ms.append(measure(attend, device, inputs, repeats, settle_ms=SETTLE_MS).median_ms)

@@ -87,7 +87,10 @@ def test_a_run_gives_a_valid_result(measured: tuple[Any, ...], tmp_path: Path) -
     figures = record["figures"]
     assert figures["first_frame_ms"] < figures["last_frame_ms"] < figures["chunk_ms"]
     assert 2 * figures["dit_step_ms"] + figures["vae_decode_ms"] < figures["chunk_ms"]
-    assert set(record["errors"]) == {"dit_step", "vae_decode"} and max(record["errors"].values()) < 1e-4
+    assert (
+        set(record["errors"]) == {"dit_step", "vae_decode", "vae_encode"}
+        and max(record["errors"].values()) < 1e-4
+    )
     assert set(record["ops"]) == {"adaln", "layer_norm"}
     assert all(
         row["ms"] > 0 and row["floor_ms"] > 0 and row["reference_ms"] > 0 for row in record["ops"].values()
@@ -290,6 +293,15 @@ def test_a_random_model_listens_with_wav2vec2_and_streams() -> None:
     session.push_audio(0.1 * torch.randn(stream.chunk_samples))
     (chunk,) = session
     assert chunk.frames.shape == (28, 16, 16, 3)
+
+
+def test_an_op_that_computes_something_else_is_not_timed() -> None:
+    x = torch.randn(4, 64)
+    quantized = ops.quantize(x)
+    baselines.check_op("both", (x, quantized), (x.half(), quantized))
+    for wrong in (x + 0.1, x * float("nan")):
+        with pytest.raises(FlashTalkError, match=r"both is .* of its size from its plain form's result"):
+            baselines.check_op("both", (x, ops.Quantized(*quantized)), (x, ops.quantize(wrong)))
 
 
 def test_random_encoders_say_the_same_to_every_session() -> None:

@@ -136,9 +136,12 @@ def test_the_ops_are_timed_at_the_size_that_has_budgets() -> None:
     assert OPS_SIZE == (h100().height, h100().width) == (StreamConfig().height, StreamConfig().width)
 
 
-def test_every_op_that_is_timed_has_a_budget() -> None:
-    assert set(h100().ops) == {spec.name for spec in ops.REGISTRY if spec.workload is not None}
-    assert all(ms > 0 for ms in h100().ops.values())
+@pytest.mark.parametrize("device", [H100, "NVIDIA H200"])
+def test_every_op_that_is_timed_has_a_budget(device: str) -> None:
+    budgets = load_budgets(device)
+    assert budgets is not None
+    assert set(budgets.ops) == {spec.name for spec in ops.REGISTRY if spec.workload is not None}
+    assert all(ms > 0 for ms in budgets.ops.values())
 
 
 @pytest.mark.parametrize("changes", [{"gpus": 2}, {"height": 720}, {"width": 416}], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,22 @@ def test_interrupt_stops_within_one_step(at: int) -> None:
     chunks = run(session, speech(CHUNK + 640))
     assert [chunk.index for chunk in chunks] == [0, 1]
     assert frames_of(chunks).shape[0] == 29
+
+
+def test_interrupt_while_the_stages_are_made_begins_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine(steps=2)
+    session = engine.session(portrait())
+    prepare = engine._prepare
+    begun: list[int] = []
+
+    def interrupted(*given: Any) -> Any:
+        stages = prepare(*given)
+        monkeypatch.setattr(stages, "_steps", [lambda step=step: begun.append(step) for step in range(2)])
+        session.interrupt()
+        return stages
+
+    monkeypatch.setattr(engine, "_prepare", interrupted)
+    assert push(session, speech(CHUNK)) == [] and begun == []
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

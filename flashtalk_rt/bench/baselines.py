@@ -12,17 +12,18 @@ from torch import Tensor
 
 from .. import ops
 from ..config import DiTConfig, Precision, StreamConfig
-from ..errors import InputError
+from ..errors import FlashTalkError, InputError
 from ..graphs.buffers import tensors
 from ..modules.model import Model
 from ..ops._dispatch import Case, OpSpec
 from ..profiles import floors, work
 from ..profiles.timing import Timing, measure, rotation
 from ..runtime.engine import DTYPES, vae_dtype
-from .plain import plain_timings
+from .plain import plain_timings, relative_error
 
 ATTENDS = (ops.chunk_attention,)  # the fastest attention there is may be the op's own backend
 SELF_ATTENTION = work.Attention(heads=40, queries=12_096, keys=12_096, head_dim=128)  # the 14B model's
+OP_ERROR = 0.05  # twice what float8 rounding of a kernel's and of eager's bfloat16 differ by
 T = TypeVar("T")
 OpRows = dict[str, dict[str, float]]
 
@@ -167,6 +168,25 @@ def padded_convolve(x: Tensor, weight: Tensor) -> Tensor:
     return ops.conv3d(x, weight, None, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2))
 
 
+def check_op(name: str, got: Any, plain: Any) -> None:
+    """Raise FlashTalkError where a result, on all its elements, is not the plain form's to `OP_ERROR`."""
+    for part, expected in zip(*(floats(result) for result in (got, plain)), strict=True):
+        error = relative_error(part, expected)
+        if not error <= OP_ERROR:  # so that NaN fails
+            raise FlashTalkError(
+                f"{name} is {error:.2g} of its size from its plain form's result, {OP_ERROR:.2g} is allowed"
+            )
+
+
+def floats(result: Any) -> list[Tensor]:
+    """Every tensor of an op's result as float32, float8 with its scale as one."""
+    if isinstance(result, ops.Quantized):
+        return [result.dequantize()]
+    if isinstance(result, Tensor):
+        return [result.float()]
+    return [tensor for part in result for tensor in floats(part)]
+
+
 @torch.no_grad()
 def measure_ops(device: torch.device, dtype: torch.dtype, rates: Rates, plan: Plan) -> OpRows:
     """Every op of the registry that has cases, by `measure_op`."""
@@ -183,7 +203,7 @@ def measure_op(
 ) -> dict[str, float]:
     """One op on one call, its arguments not in the L2 cache: ms (median), p95_ms, bytes (of its arguments and
     results), flop (`OpSpec.flop`; 0: it only moves data), floor_ms, reference_ms (its plain meaning under
-    torch.compile, where it fits).
+    torch.compile, where it fits).  Raises FlashTalkError where that gives something else (`check_op`).
 
     The floor is the larger of the bytes at the copy's rate and the operations at the bare product's or the
     bare attention's, whichever is faster: a GPU at its power limit may clock lower under the product.  Where
@@ -221,5 +241,6 @@ def measure_op(
         compiled = torch.compile(plain, backend=plan.compiler, dynamic=False)
         # An explicit form of attention may not fit beside the model.
         with contextlib.suppress(torch.OutOfMemoryError):
+            check_op(spec.name, function(**arguments), compiled(**arguments))
             row["reference_ms"] = timed(compiled, plan.repeats).median_ms
     return row

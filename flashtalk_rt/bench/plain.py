@@ -76,8 +76,8 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 @torch.no_grad()
 def check_results(model: Model, stream: StreamConfig, precision: Precision) -> dict[str, float]:
-    """Relative errors, against float32 in plain torch, of one step of a DiT of two layers and of the first
-    two decoded latent frames, as an engine of `precision` computes them.
+    """Relative errors, against float32 in plain torch, of one step of a DiT of two layers, of the first two
+    decoded latent frames and of encoding the motion frames, as an engine of `precision` computes them.
 
     Raises FlashTalkError where an exact precision errs more than twice as much as plain torch in the same
     dtype, and another one by more than LOSSY_ERROR: what is wrong needs no timing.
@@ -97,8 +97,14 @@ def check_results(model: Model, stream: StreamConfig, precision: Precision) -> d
         first, cache = vae.decode_step(inputs.latent[:, :, :1], None)
         return torch.cat((first, vae.decode_step(inputs.latent[:, :, 1:2], cache)[0]), dim=2).float()
 
+    motion = torch.rand(1, 3, stream.motion_frames, stream.height, stream.width, device=device) * 2 - 1
+
     def results(dit: DiT, vae: VAE) -> dict[str, Tensor]:
-        return {"dit_step": inputs.step(dit)().float(), "vae_decode": decoded(vae)}
+        return {
+            "dit_step": inputs.step(dit)().float(),
+            "vae_decode": decoded(vae),
+            "vae_encode": vae.encode(motion).float(),
+        }
 
     with ops.plain_backends():
         low, right = results(*plain), results(*exact)

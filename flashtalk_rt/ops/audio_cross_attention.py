@@ -183,7 +183,6 @@ class AudioWork:
     keys: int  # N, a frame
     heads: int
     width: int  # C
-    steps: int = 1  # that one construction of A and B serves: 1 where it is made anew in scratch
 
     @property
     def plain_flops(self) -> float:
@@ -192,9 +191,9 @@ class AudioWork:
 
     @property
     def absorbed_flops(self) -> float:
-        """Two C x (N H) products a token, and the share of making A and B: N x C x C twice a frame."""
+        """Two C x (N H) products a token, and making A and B anew: N x C x C twice a frame."""
         construction = 4 * self.frames * self.keys * self.width**2
-        return 4 * self.tokens * self.width * self.keys * self.heads + construction / self.steps
+        return 4 * self.tokens * self.width * self.keys * self.heads + construction
 
 
 # Measured (plain, absorbed) milliseconds, in bfloat16 on one H100 80GB (2026-11-24).  FLOPs decide elsewhere.

@@ -79,6 +79,8 @@ def _flash(name: str) -> Callable[[Situation], str | None]:
             )
         if situation.key_mask:
             return "takes no bias and no length of the keys"
+        if situation.grad:
+            return "its gradient was not measured here"
         return None if importable(flash.module) else f"{flash.package} is not installed"
 
     return supports

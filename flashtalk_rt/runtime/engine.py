@@ -183,17 +183,23 @@ class Engine:
         """Generate one chunk from its audio windows and the past's motion latents.
 
         motion [1, z, 1 or 2, h, w]; windows as `audio_features` returns them; `noise` draws one standard
-        normal of `latent_shape`, in the order that `modules.chunk.denoise` states.  `stopped` is asked after
-        every denoising step and latent frame; once it says yes the result is None.  `meanwhile` is called
-        once, while the device is busy.  One chunk runs at a time; a second thread waits.  The first chunk
-        prepares the stages.  Raises InputError after `close`.
+        normal of `latent_shape`, in the order that `modules.chunk.denoise` states.  `stopped` is asked before
+        and after every denoising step and latent frame; once it says yes the result is None.  `meanwhile` is
+        called once, while the device is busy.  One chunk runs at a time; a second thread waits.  The first
+        chunk prepares the stages.  Raises InputError after `close`.
         """
         with self._lock:
             stages = self._prepare(constants, windows)
+            if stopped():
+                return None
             return stages.run(constants, motion, windows, noise, stopped, clock, meanwhile)
 
     def close(self) -> None:
-        """Release the graphs and their buffers; no session of this engine makes another chunk."""
+        """Release the graphs and their buffers; no session of this engine makes another chunk.
+
+        cuBLAS keeps 34 MB for each of the engine's two streams while the process lives.  torch gives out 32
+        streams of a priority, then the first again, so many engines leave no more than 2.2 GB.
+        """
         with self._lock:
             self._closed = True
             self._release()

@@ -95,6 +95,7 @@ class Session:
     def interrupt(self) -> None:
         """Drop the queued audio, and the chunk being made within a denoising step.
 
+        An engine's first chunk compiles and captures first, which takes seconds and is not interrupted.
         Once decoding has begun it is dropped within two latent frames (one runs, one is queued), and at its
         end within its encoding: at the published sizes less than a step.
 

@@ -1,7 +1,8 @@
 """Whether what the measured tables choose is the faster here: `pytest --benchmark tests/benchmarks`.
 
 The tables are `MEASURED_TFLOPS` of chunk_attention, `MEASURED_FASTER` of slice_conv and `MEASURED_MS` of
-audio_cross_attention.  What is measured goes to profiles/results/choices-*.json.
+audio_cross_attention; dual_cross_attention prefers CUDA where it fits.  What is measured goes to
+profiles/results/choices-*.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flashtalk_rt.profiles.record import environment, slug, write_result
 from flashtalk_rt.profiles.timing import measure
 
 chunk_attention = importlib.import_module("flashtalk_rt.ops.chunk_attention")  # not the function
+dual_cross_attention = importlib.import_module("flashtalk_rt.ops.dual_cross_attention")
 slice_conv = importlib.import_module("flashtalk_rt.ops.slice_conv")
 audio_attention = importlib.import_module("flashtalk_rt.ops.audio_cross_attention")
 
@@ -33,14 +35,15 @@ DEVICE = torch.device("cuda")
 TOLERANCE = 1.03  # of the fastest: two that are as fast change places
 SETTLE_MS = 300.0
 SIZES = ((768, 448), (720, 416))
-# Of each convolution in `MEASURED_FASTER` the frames, height and width of a later latent frame of 768 x 448.
+# Of each convolution in `MEASURED_FASTER` the frames, height and width of the first and of a later latent
+# frame of 768 x 448.
 CONVOLUTIONS = {
-    (96, 96, 3, 3): (4, 768, 448),
-    (96, 192, 3, 3): (4, 384, 224),
-    (192, 192, 3, 3): (4, 384, 224),
-    (192, 384, 3, 3): (2, 192, 112),
-    (384, 384, 3, 3): (2, 192, 112),
-    (384, 768, 3, 1): (1, 96, 56),
+    (96, 96, 3, 3): ((1, 768, 448), (4, 768, 448)),
+    (96, 192, 3, 3): ((1, 384, 224), (4, 384, 224)),
+    (192, 192, 3, 3): ((1, 384, 224), (4, 384, 224)),
+    (192, 384, 3, 3): ((1, 192, 112), (2, 192, 112)),
+    (384, 384, 3, 3): ((1, 96, 56), (1, 192, 112), (2, 192, 112)),
+    (384, 768, 3, 1): ((1, 96, 56),),
 }
 
 pytestmark = [pytest.mark.gpu, pytest.mark.latency, pytest.mark.timeout(300)]
@@ -98,11 +101,26 @@ def test_attention_with_gradients(chunk_tokens: int | None) -> None:
     assert next(iter(found.values())) <= TOLERANCE * min(found.values()), found
 
 
+def test_attention_to_text_and_image() -> None:
+    """The CUDA kernel, which is preferred where it fits, and Triton's, on the 14B model's call."""
+    spec = dual_cross_attention.SPEC
+    assert spec.workload is not None
+    with torch.inference_mode():
+        inputs = spec.workload.make(DEVICE, torch.bfloat16, torch.Generator(DEVICE).manual_seed(0))
+        found = {
+            name: time_ms(lambda name=name: ops.dual_cross_attention(**inputs, backend=name))
+            for name in ("cuda", "triton")
+        }
+    keep("dual_cross_attention, ms", [found])
+    assert found["cuda"] <= TOLERANCE * found["triton"], found
+
+
 def test_slice_convolutions() -> None:
     assert CONVOLUTIONS.keys() == slice_conv.MEASURED_FASTER.keys()
     rows = [
         convolution(kernel, size, dtype)
-        for kernel, size in CONVOLUTIONS.items()
+        for kernel, sizes in CONVOLUTIONS.items()
+        for size in sizes
         for dtype in (torch.bfloat16, torch.float16)
     ]
     keep("slice_conv", rows)
