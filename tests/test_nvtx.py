@@ -149,7 +149,8 @@ def test_a_stream_marks_its_stages_and_its_groups_of_ops() -> None:
     groups = ("self_attention", "cross_attention", "audio_cross_attention", "ffn")
     assert {name: count for name, count in chunk.items() if name.startswith("chunk/dit")} == {
         "chunk/dit": 2,  # steps
-        **{f"chunk/dit dit/{group}": 2 * layers for group in groups},
+        "chunk/dit dit/block": 2 * layers,
+        **{f"chunk/dit dit/block dit/{group}": 2 * layers for group in groups},
     }
     assert chunk["chunk/audio encoder/audio"] == 1
     latent_frames = 9

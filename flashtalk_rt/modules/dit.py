@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import DiTConfig
 from ..ops import Quantized
+from ..profiles import nvtx
 from .dit_layers import (
     AudioCrossAttention,
     AudioProjection,
@@ -72,6 +73,7 @@ class Block(nn.Module):
         for layer, weight in zip(layers, weights, strict=True):
             layer.hold(weight)
 
+    @nvtx.range("dit/block")  # its norms, and the groups below
     def forward(
         self,
         x: Tensor,
