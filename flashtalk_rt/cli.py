@@ -316,6 +316,10 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint folder as safetensors that load fast and hold everything needed."""
     chosen = parse_precision(precision)
+    if chosen == "8bit":
+        raise InputError(
+            "--precision is 8bit, whose weights are those of fp8: convert to fp8, and generate in 8bit"
+        )
     from .modules.convert import convert as rewrite
 
     rewrite(folder, out, dtype_of(chosen), fp8=chosen == "fp8")

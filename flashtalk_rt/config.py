@@ -16,7 +16,8 @@ SIZE_MULTIPLE = 16  # pixels: the VAE's stride of 8 times the patch of 2
 MAX_STEPS = 1000  # the timesteps of the schedule
 
 Sampler = Literal["renoise", "adams_bashforth"]
-Precision = Literal["fp32", "bf16", "fp8"]  # fp8: the DiT's large products
+Precision = Literal["fp32", "bf16", "fp8", "8bit"]
+FLOAT8: tuple[Precision, ...] = ("fp8", "8bit")  # the DiT's large products; 8bit: its self-attention too
 
 # Channel statistics of the WAN2.1 VAE's latents, as published with its weights.
 WAN_LATENT_MEAN = (

@@ -191,6 +191,7 @@ def test_convert_rewrites_a_folder(shared: Path, tmp_path: Path, capfd: pytest.C
         (shared / "model", tmp_path / "new", [], "exists"),
         (tmp_path / "none", tmp_path / "newer", [], "none"),
         (shared / "model", tmp_path / "newer", ["--precision", "fp16"], "fp16"),
+        (shared / "model", tmp_path / "newer", ["--precision", "8bit"], "convert to fp8"),
     ):
         capfd.readouterr()
         code = main(["convert", str(folder), str(out), *options])

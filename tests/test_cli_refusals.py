@@ -85,7 +85,7 @@ CHEAP = [
     ("steps", "9" * 20, "from 1 to 1000"),
     ("steps", "four", "--steps"),
     ("seed", "-1", "--seed"),
-    ("precision", "fp16", "fp32, bf16, fp8"),
+    ("precision", "fp16", "fp32, bf16, fp8, 8bit"),
     ("device", "tpu", "cpu, cuda"),
     ("out", "none/a.mp4", "does not exist"),
     ("out", "a.avi", "must end in .mp4"),

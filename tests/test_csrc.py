@@ -7,6 +7,7 @@ CPU, driven by the kernel's own index arithmetic, gives the plain sum.
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from csrc_build import CSRC, build, load, machine_code, needs_cxx, needs_nvcc, run_model
 
+quantized_attention = importlib.import_module("flashtalk_rt.ops.quantized_attention")  # not the function
 TILES = {(n, m64, spatial) for n, m64 in ((96, 2), (96, 4), (192, 1), (192, 2)) for spatial in (1, 3)}
 ELEMENTS = {"13__nv_bfloat16": ".F32.BF16", "6__half": ".F32"}  # mangled name -> its wgmma in machine code
 
@@ -87,6 +89,34 @@ def test_the_extension_names_what_it_does_not_take(built: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"cudaSetDevice\(call.device\) returned \d+ \(cudaError"):
             module.slice_conv(**call)
+
+
+@needs_nvcc
+@pytest.mark.timeout(600)
+def test_attention_in_eight_bits_names_what_it_does_not_take(built: Path) -> None:
+    module = load(built)
+    assert module.QUANTIZED_TILE_KEYS == quantized_attention.TILE_KEYS
+    tensors = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "out")
+    call = {
+        **dict.fromkeys(tensors, 1024),
+        "device": 0,
+        "stream": 0,
+        "batch": 2,
+        "length": 3,
+        "keys": 3,
+        "heads": 2,
+    }
+    for change, message in (
+        ({"keys": 0}, "keys is 0; it must be 1 or more"),
+        ({"v": 8}, "v is not aligned to 16 bytes"),
+        ({"k_scale": 0}, "k_scale is null"),
+        ({"length": (1 << 31) - 1}, "too many rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.quantized_attention(**{**call, **change})
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"cudaSetDevice\(call.device\) returned \d+ \(cudaError"):
+            module.quantized_attention(**call)
 
 
 @needs_nvcc

@@ -16,7 +16,7 @@ import flashtalk_rt as ft
 from flashtalk_rt import ops
 from flashtalk_rt.bench import fp8_quality
 from flashtalk_rt.bench.models import DiTInputs
-from flashtalk_rt.config import DiTConfig, Precision
+from flashtalk_rt.config import FLOAT8, DiTConfig, Precision
 from flashtalk_rt.errors import CheckpointError, InputError
 from flashtalk_rt.media import AudioReader
 from flashtalk_rt.modules.chunk import reference_latent
@@ -90,12 +90,33 @@ def test_float8_cannot_turn_back(folder: Path, tmp_path: Path) -> None:
         first_frames(load(tmp_path / "again", "cpu")), first_frames(load(folder / "fp8", "cpu"))
     )
     model = tiny.model()
-    older = Engine(model, precision="bf16")
-    session = older.session(PORTRAIT)
-    Engine(model, precision="fp8")
-    session.push_audio(torch.zeros(model.stream.chunk_samples))
-    with pytest.raises(InputError, match="converted after this engine was made"):
-        next(iter(session))
+    for precision, then in (("bf16", "fp8"), ("fp8", "8bit"), ("8bit", "fp8")):
+        session = Engine(model, precision=precision).session(PORTRAIT)
+        Engine(model, precision=then)
+        session.push_audio(torch.zeros(model.stream.chunk_samples))
+        with pytest.raises(InputError, match="converted after this engine was made"):
+            next(iter(session))
+
+
+def test_attention_in_eight_bits_is_8bits_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.Size] = []
+    attend = ops.quantized_attention
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append(q.shape)
+        return attend(q, k, v)
+
+    monkeypatch.setattr(ops, "quantized_attention", counted)
+    model = load(folder / "fp8", "cpu")
+    fp8 = first_frames(model, "fp8")
+    assert calls == []
+    first_frames(model, "8bit")
+    assert len(calls) == model.stream.steps * model.dit.config.num_layers
+    assert torch.equal(first_frames(model, "fp8"), fp8), "there is a way back"
+    dit = DiT(tiny.DIT)
+    dit.prepare(torch.float32, fp8=False, eight_bit_attention=True)
+    with pytest.raises(ValueError, match="knows no chunks"):
+        dit.blocks[0].self_attn(torch.zeros(1, 6, 48), torch.zeros(6, 12, 2), 3)
 
 
 def test_a_float8_folder_without_a_scale_is_named(folder: Path, tmp_path: Path) -> None:
@@ -108,14 +129,15 @@ def test_a_float8_folder_without_a_scale_is_named(folder: Path, tmp_path: Path) 
         load(tmp_path / "bad", "cpu")
 
 
-def test_one_step_in_float8_stays_near_bfloat16(figures: dict[str, Any]) -> None:
+@pytest.mark.parametrize("eight_bit_attention", [False, True], ids=["fp8", "8bit"])
+def test_one_step_in_float8_stays_near_bfloat16(eight_bit_attention: bool, figures: dict[str, Any]) -> None:
     """Wide enough that rounding averages out as in the 14B model: error of a few hundredths, not zero."""
     config = dataclasses.replace(tiny.DIT, dim=256, ffn_dim=512, num_heads=2)
     outputs = []
     for fp8 in (False, True):
         torch.manual_seed(0)
         dit = DiT(config)
-        dit.prepare(torch.bfloat16, fp8=fp8)
+        dit.prepare(torch.bfloat16, fp8=fp8, eight_bit_attention=fp8 and eight_bit_attention)
         g = torch.Generator().manual_seed(1)
         context = dit.context(torch.randn(1, 2, 8, generator=g), torch.randn(1, 5, 27, generator=g))
         audio = dit.audio_context(torch.randn(1, 5, 5, 4, 40, generator=g))
@@ -123,7 +145,7 @@ def test_one_step_in_float8_stays_near_bfloat16(figures: dict[str, Any]) -> None
         with torch.no_grad():
             outputs.append(dit(latent, torch.tensor([700.0]), y, context, audio).float())
     error = ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item()
-    figures["fp8_tiny_step_relative_error"] = round(error, 4)
+    figures[f"{'8bit' if eight_bit_attention else 'fp8'}_tiny_step_relative_error"] = round(error, 4)
     assert 1e-4 < error < 0.1
 
 
@@ -164,7 +186,8 @@ def test_the_published_size_in_float8_on_meta() -> None:
     assert large + 2 * rest < 23e9, "bytes, everything else being bfloat16"
 
 
-def test_what_float8_costs_the_embedded_model(figures: dict[str, Any]) -> None:
+@pytest.mark.parametrize("lossy", FLOAT8)
+def test_what_float8_costs_the_embedded_model(lossy: Precision, figures: dict[str, Any]) -> None:
     """With the bundled portrait and speech: one step, what its products read, and two chunks, the second made
     from the first; the model's own VAE reconstructs its world to 30 dB, and float8 must lose less than that.
     """
@@ -191,12 +214,14 @@ def test_what_float8_costs_the_embedded_model(figures: dict[str, Any]) -> None:
             engine.audio_features(ring),
             reference_latent(model.vae, image, stream.frames),
         )
-    result = fp8_quality(model, inputs, speak)
+    result = fp8_quality(model, inputs, speak, lossy)
     crests = {name: [round(x, 1) for x in rows["crest_largest"]] for name, rows in result["inputs"].items()}
-    figures["fp8_embedded_step_relative_error"] = round(result["step_relative_error"], 4)
-    figures["fp8_embedded_block_relative_errors"] = [round(x, 4) for x in result["block_relative_errors"]]
-    figures["fp8_embedded_largest_crests_by_block"] = crests
-    figures["fp8_embedded_psnr_to_bf16_db_by_chunk"] = [round(x, 2) for x in result["frames_psnr_db"]]
+    figures[f"{lossy}_embedded_step_relative_error"] = round(result["step_relative_error"], 4)
+    figures[f"{lossy}_embedded_block_relative_errors"] = [
+        round(x, 4) for x in result["block_relative_errors"]
+    ]
+    figures[f"{lossy}_embedded_largest_crests_by_block"] = crests
+    figures[f"{lossy}_embedded_psnr_to_bf16_db_by_chunk"] = [round(x, 2) for x in result["frames_psnr_db"]]
     assert 1e-3 < result["step_relative_error"] < 0.06
     assert max(result["block_relative_errors"]) < 0.06
     assert max(map(max, crests.values())) < 20

@@ -48,7 +48,7 @@ void chunk_attention(const ChunkAttentionCall& call) {
 
     Shape shape{call.batch, call.heads, call.length, call.keys};
     const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, call.device);
-    const int64_t tiles = tile_count(shape);
+    const int64_t tiles = tile_count(shape, kQueries);
     // The grid's stride is added to a tile's number before it is compared.
     if (tiles > std::numeric_limits<int>::max() - multiprocessors) kChecks.refuse("too many queries");
 

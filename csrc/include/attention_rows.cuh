@@ -27,6 +27,19 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
 }
 
+// Has the weights computed before what follows.  ptxas moves the softmax past a wait for products, where it
+// overlaps nothing; a volatile store it leaves before the wait, with all that its condition depends on: the
+// sums, hence every weight.  A sum of weights is never negative, so nothing is stored (nor if it is NaN).  A
+// branch in its place would end the registers' life in asynchronous products: ptxas then spills.
+__device__ __forceinline__ void finish_weights(const float (&totals)[2], uint32_t spare) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.lt.f32 p, %0, 0f00000000;\n"
+        "@p st.volatile.shared.f32 [%1], %0;\n}" ::"f"(totals[0] + totals[1]),
+        "r"(spare)
+        : "memory");
+}
+
 __device__ __forceinline__ uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16 | __bfloat16_as_ushort(pair.x);

@@ -29,17 +29,17 @@ constexpr int kTurnBarrier = 1;          // and 2: one a warpgroup; 0 is __synct
 // load before it waits for a turn or for that load: K_n goes where K_n+2 was, V_n+1 where V_n+3 was, and
 // both are released before the step that asks for K_n+1; Q is released before the last V is waited for.
 __device__ __forceinline__ void produce(
-    const Memory& memory, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
+    const Memory<Tile>& memory, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
     const Shape& shape) {
     prefetch_map(q);
     prefetch_map(k);
     prefetch_map(v);
-    const int tiles = static_cast<int>(tile_count(shape));
+    const int tiles = static_cast<int>(tile_count(shape, kQueries));
     const int last = ceil_div(shape.keys, Tile::kKeys) - 1;
     Ring keys{1}, values{1 + kStages};
     uint32_t round = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, round ^= 1) {
-        const Origin origin = tile_origin(shape, tile);
+        const Origin origin = tile_origin(shape, kQueries, tile);
         const auto load = [&](Ring& ring, const CUtensorMap& map, int number) {
             const uint32_t data = memory.data(ring.slot()), full = memory.full(ring.slot());
             barrier_wait(memory.empty(ring.slot()), ring.parity ^ 1);
@@ -128,22 +128,9 @@ __device__ __forceinline__ void write_out(
 __device__ __forceinline__ void take_turn(int group) { named_wait<128 * kConsumers>(kTurnBarrier + group); }
 __device__ __forceinline__ void grant_turn(int group) { named_arrive<128 * kConsumers>(kTurnBarrier + group); }
 
-// Has the weights computed before what follows.  ptxas moves the softmax past a wait for products, where it
-// overlaps nothing; a volatile store it leaves before the wait, with all that its condition depends on: the
-// sums, hence every weight.  A sum of weights is never negative, so nothing is stored (nor if it is NaN).  A
-// branch in its place would end the registers' life in asynchronous products: ptxas then spills.
-__device__ __forceinline__ void finish_weights(const Rows& rows, uint32_t spare) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "setp.lt.f32 p, %0, 0f00000000;\n"
-        "@p st.volatile.shared.f32 [%1], %0;\n}" ::"f"(rows.total[0] + rows.total[1]),
-        "r"(spare)
-        : "memory");
-}
-
-__device__ __forceinline__ void consume(const Memory& memory, const Shape& shape, uint16_t* out, int group) {
+__device__ __forceinline__ void consume(const Memory<Tile>& memory, const Shape& shape, uint16_t* out, int group) {
     const bool signals = threadIdx.x % 32 == 0;  // each warp releases what it has read
-    const int tiles = static_cast<int>(tile_count(shape));
+    const int tiles = static_cast<int>(tile_count(shape, kQueries));
     const int last = ceil_div(shape.keys, Tile::kKeys) - 1;
     const int rest = shape.keys - last * Tile::kKeys;  // keys of the last tile
     const uint64_t q = descriptor(memory.data(0) + group * kMmaRows * kRowBytes, 16);
@@ -186,7 +173,7 @@ __device__ __forceinline__ void consume(const Memory& memory, const Shape& shape
             pin(scores);
             release(keys);
             const float2 fade = rows.update<false>(scores);
-            finish_weights(rows, memory.spare());
+            finish_weights(rows.total, memory.spare());
             mma_wait<0>();
             pin(sums);
             pin(weights);
@@ -201,7 +188,7 @@ __device__ __forceinline__ void consume(const Memory& memory, const Shape& shape
         mma_wait<0>();
         pin(sums);
         release(values);
-        write_out(sums, rows, shape, tile_origin(shape, tile), group, out);
+        write_out(sums, rows, shape, tile_origin(shape, kQueries, tile), group, out);
     }
     if (group == 0) take_turn(0);  // the last grant, so that none is left over
 }
@@ -211,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_kernel(
     const __grid_constant__ Shape shape, uint16_t* out) {
     extern __shared__ uint8_t shared[];
     const uint32_t start = shared_address(shared);
-    const Memory memory{(start + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment};
+    const Memory<Tile> memory{(start + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment};
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < kSlots; ++slot) {
             barrier_init(memory.full(slot), 1);

@@ -31,12 +31,12 @@ void attend(const Shape& shape, std::mt19937& random) {
     std::vector<int> writes(out.size());
 
     Shared shared(Tile::kSharedBytes);
-    const Memory memory{kSharedAlignment};
+    const Memory<Tile> memory{kSharedAlignment};
     CHECK(memory.spare() + 16 <= Tile::kSharedBytes, "shared memory ends before the spare word");
     const float scale = 1 / std::sqrt(static_cast<float>(kDim)) * 1.4426950408889634f;
     const int last = ceil_div(shape.keys, kKeys) - 1;
-    for (int tile = 0; tile < static_cast<int>(tile_count(shape)); ++tile) {
-        const Origin origin = tile_origin(shape, tile);
+    for (int tile = 0; tile < static_cast<int>(tile_count(shape, kQueries)); ++tile) {
+        const Origin origin = tile_origin(shape, kQueries, tile);
         for (int half = 0; half < kHalves; ++half) {
             const auto to = memory.data(0) + static_cast<uint32_t>(half * Tile::kQueryHalfBytes);
             load_box(shared, to, q, kQueries, half * kHalf, origin.head, origin.query, origin.batch);

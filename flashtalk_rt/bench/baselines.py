@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import DiTConfig, Precision, StreamConfig
+from ..config import FLOAT8, DiTConfig, Precision, StreamConfig
 from ..errors import FlashTalkError, InputError
 from ..graphs.buffers import tensors
 from ..modules.model import Model
@@ -68,8 +68,8 @@ class Baselines:
     def floors(self, model: Model, stream: StreamConfig, precision: Precision) -> dict[str, float]:
         """The floors of the stages in milliseconds: see `measure_floors`."""
         key = ("floors", model.device, model.dit.config, model.vae.config, stream, precision)
-        rate, repeats = self.copy_rate(model.device), self.plan.repeats
-        return self._once(key, lambda: measure_floors(model, stream, precision, rate, repeats))
+        rates, repeats = self.rates(model.device, DTYPES[precision]), self.plan.repeats
+        return self._once(key, lambda: measure_floors(model, stream, precision, rates, repeats))
 
     def ops(self, device: torch.device, dtype: torch.dtype) -> OpRows:
         """Every op on its own: see `measure_ops`."""
@@ -106,13 +106,14 @@ class Baselines:
 
 
 def measure_floors(
-    model: Model, stream: StreamConfig, precision: Precision, copy_rate: float, repeats: int
+    model: Model, stream: StreamConfig, precision: Precision, rates: Rates, repeats: int
 ) -> dict[str, float]:
     """The floors of the stages in milliseconds, of the work in the form that the runtime does it in.
 
     A step: its linear layers and self-attentions; where the audio's projections are absorbed, the four
     products of that form in their place, which stay in bfloat16 under fp8, as all of the audio's do.  The
-    VAE: its convolutions in the dtype it runs in, upsampling folded.  Colour: its bytes at `copy_rate`.
+    VAE: its convolutions in the dtype it runs in, upsampling folded.  Colour: its bytes at the copy's rate.
+    Attention in eight bits: its operations at the float8 product's rate.
     """
     device, config, dtype = model.device, model.dit.config, DTYPES[precision]
 
@@ -131,15 +132,20 @@ def measure_floors(
             chosen, device, rounded, rounded, repeats, convolves=(slice_convolve, padded_convolve)
         )
 
+    attention = work.dit_self_attention(config, stream)
+    if precision == "8bit":
+        attention_ms = 1e3 * work.total_flop(attention) / rates.fp8_flop_per_s
+    else:
+        attention_ms = floor_ms(attention, attends=ATTENDS)
     return {
         "dit_step_ms": floor_ms(
-            work.dit_main_linears(config, stream), floors.FP8 if precision == "fp8" else dtype
+            work.dit_main_linears(config, stream), floors.FP8 if precision in FLOAT8 else dtype
         )
         + floor_ms(audio)
-        + floor_ms(work.dit_self_attention(config, stream), attends=ATTENDS),
+        + attention_ms,
         "vae_decode_ms": convolutions_ms(decode),
         "vae_encode_ms": convolutions_ms(work.vae_encode(model.vae.config, stream)),
-        "color_ms": 1e3 * work.color_bytes(stream) / copy_rate,
+        "color_ms": 1e3 * work.color_bytes(stream) / rates.copy_bytes_per_s,
     }
 
 
@@ -207,7 +213,7 @@ def measure_op(
 
     The floor is the larger of the bytes at the copy's rate and the operations at the bare product's or the
     bare attention's, whichever is faster: a GPU at its power limit may clock lower under the product.  Where
-    an argument is float8, they are at the float8 product's.
+    an argument is float8, or the op multiplies in eight bits, they are at the float8 product's.
     """
     assert spec.function is not None
     function = spec.function
@@ -216,7 +222,7 @@ def measure_op(
     given = tensors(list(arguments.values()))
     moved = sum(tensor.nbytes for tensor in [*given, *tensors([function(**arguments)])])
     flop = 0 if spec.flop is None else spec.flop(**arguments)
-    if any(tensor.dtype == floors.FP8 for tensor in given):
+    if spec.eight_bit or any(tensor.dtype == floors.FP8 for tensor in given):
         flop_rate = rates.fp8_flop_per_s
     else:
         flop_rate = max(rates.flop_per_s, rates.attention_flop_per_s)

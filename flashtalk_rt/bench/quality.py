@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..config import Precision
 from ..modules.dit import Block, DiT
 from ..modules.model import Model
 from ..profiles.record import environment
@@ -34,12 +35,14 @@ def fp8_quality(
     model: Model,
     inputs: DiTInputs | None = None,
     make_chunks: Callable[[Engine], Iterable[Chunk]] = noise_chunks,
+    lossy: Precision = "fp8",
 ) -> dict[str, Any]:
-    """Compare a model in bfloat16, which it is converted to first, with itself in fp8, which it stays in.
+    """Compare a model in bfloat16, which it is converted to first, with itself in `lossy`, fp8 or 8bit, which
+    it stays in.
 
     inputs: of the step, None for random ones; make_chunks: the same chunks of an engine of either precision.
     Returns a result with, beside where it was measured:
-    step_relative_error: of one step's velocity at noise level 1/2, |fp8 - bf16| / |bf16|;
+    step_relative_error: of one step's velocity at noise level 1/2, |lossy - bf16| / |bf16|;
     block_relative_errors: of the residual stream after each block of that step;
     frames_psnr_db: of each chunk;
     inputs: of that step, for each of QUANTISED, by block: the largest and the median crest factor of its rows
@@ -49,22 +52,24 @@ def fp8_quality(
     inputs = inputs or DiTInputs.draw(model.dit.config, stream, device)
     frames, steps, streams = {}, {}, {}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in QUANTISED}
-    for precision in ("bf16", "fp8"):
+    precisions: tuple[Precision, ...] = ("bf16", lossy)
+    for precision in precisions:
         engine = Engine(model, precision=precision, capture=False)
         step = inputs.step(model.dit)
         with watched(model.dit, rows if precision == "bf16" else None) as streams[precision]:
             steps[precision] = step().float()
         frames[precision] = [chunk.frames.float() / 127.5 - 1 for chunk in make_chunks(engine)]
         engine.close()
-    blocks = zip(streams["fp8"], streams["bf16"], strict=True)
+    blocks = zip(streams[lossy], streams["bf16"], strict=True)
     return {
         **environment(device),
         "height": stream.height,
         "width": stream.width,
         "steps": stream.steps,
-        "step_relative_error": relative_error(steps["fp8"], steps["bf16"]),
+        "precision": lossy,
+        "step_relative_error": relative_error(steps[lossy], steps["bf16"]),
         "block_relative_errors": [relative_error(a, b.float()) for a, b in blocks],
-        "frames_psnr_db": [psnr(a, b).item() for a, b in zip(frames["fp8"], frames["bf16"], strict=True)],
+        "frames_psnr_db": [psnr(a, b).item() for a, b in zip(frames[lossy], frames["bf16"], strict=True)],
         "inputs": {
             name: {key: [row[key] for row in layers] for key in layers[0]} for name, layers in rows.items()
         },

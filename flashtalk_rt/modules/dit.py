@@ -153,10 +153,23 @@ class DiT(nn.Module):
         """Every block's."""
         return [layer for block in self._blocks() for layer in block.large_projections()]
 
-    def prepare(self, dtype: torch.dtype, *, fp8: bool, release: Callable[[], object] = lambda: None) -> None:
+    @property
+    def eight_bit_attention(self) -> bool:
+        """Whether self-attention computes in eight bits."""
+        return self._blocks()[0].self_attn.eight_bit
+
+    def prepare(
+        self,
+        dtype: torch.dtype,
+        *,
+        fp8: bool,
+        eight_bit_attention: bool = False,
+        release: Callable[[], object] = lambda: None,
+    ) -> None:
         """Make the weights ready for inference, in place, where they will be used: in `dtype`, the large
         projections in float8 where `fp8` asks for it (there is no way back), and one matrix for each
-        block's q, k and v.  ValueError: float8 without bfloat16, what its products return.
+        block's q, k and v; and have self-attention compute in eight bits or not.  ValueError: float8 without
+        bfloat16, what its products return.
 
         release: called when a block's large weights were let go of, to return their memory to the device.
         Without, new weights lie in parts of old ones' memory, and the rest is of no use: 3.8 GB at the
@@ -177,6 +190,7 @@ class DiT(nn.Module):
                 release()
             if block.self_attn.fuse():
                 release()
+            block.self_attn.eight_bit = eight_bit_attention
 
     def context(self, text: Tensor, image: Tensor) -> list[LayerContext]:
         """Every layer's text and image keys and values: constant over a session.

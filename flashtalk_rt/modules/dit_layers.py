@@ -83,6 +83,7 @@ class SelfAttention(nn.Module):
         self.num_heads, self.eps = num_heads, eps
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.eight_bit = False  # attention, in inference
         self._fused: Fused | None = None
 
     def fuse(self) -> bool:
@@ -95,12 +96,18 @@ class SelfAttention(nn.Module):
     @nvtx.range("dit/self_attention")
     def forward(self, x: Tensor | Quantized, table: Tensor, chunk_tokens: int | None) -> Tensor:
         """x [B, L, dim], table [L, D / 2, 2] from `ops.rope_table`, chunk_tokens as in `ops.chunk_attention`
-        -> [B, L, dim]."""
+        -> [B, L, dim].  ValueError for chunks where `eight_bit`."""
         q, k, v = (self.q(x), self.k(x), self.v(x)) if self._fused is None else self._fused(x)
         q = ops.qk_norm_rope(q, self.norm_q.weight, table, self.num_heads, self.eps)
         k = ops.qk_norm_rope(k, self.norm_k.weight, table, self.num_heads, self.eps)
         v = v.unflatten(-1, (self.num_heads, -1))
-        return self.o(ops.chunk_attention(q, k, v, chunk_tokens).flatten(2))  # type: ignore[no-any-return]
+        if not self.eight_bit:
+            attended = ops.chunk_attention(q, k, v, chunk_tokens)
+        elif chunk_tokens is None:
+            attended = ops.quantized_attention(q, k, v)
+        else:
+            raise ValueError("attention in eight bits knows no chunks; prepare the DiT without")
+        return self.o(attended.flatten(2))  # type: ignore[no-any-return]
 
 
 class CrossAttention(nn.Module):

@@ -12,6 +12,7 @@ from . import linear as _linear
 from . import norm_silu as _norm_silu
 from . import pixel_attention as _pixel_attention
 from . import qk_norm_rope as _qk_norm_rope
+from . import quantized_attention as _quantized_attention
 from . import residual_norm as _residual_norm
 from . import slice_conv as _slice_conv
 from . import upsample_conv as _upsample_conv
@@ -35,6 +36,7 @@ from .linear import linear_fp8
 from .norm_silu import add_norm_silu, norm_silu
 from .pixel_attention import pixel_attention
 from .qk_norm_rope import qk_norm_rope
+from .quantized_attention import quantized_attention
 from .reference import rms_norm, rope_table
 from .reference_vae import with_past
 from .residual_norm import adaln, gate_residual, layer_norm, residual_norm
@@ -61,6 +63,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     _norm_silu.ADD_NORM_SILU,
     _pixel_attention.SPEC,
     _qk_norm_rope.SPEC,
+    _quantized_attention.SPEC,
     _residual_norm.SPEC,
     _residual_norm.ADALN,
     _residual_norm.LAYER_NORM,
@@ -102,6 +105,7 @@ __all__ = [
     "plainly",
     "qk_norm_rope",
     "quantize",
+    "quantized_attention",
     "residual_norm",
     "rms_norm",
     "rope_table",

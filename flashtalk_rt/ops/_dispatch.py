@@ -84,7 +84,8 @@ class OpSpec:
     (it takes `backend=`), `reference` its plain float32 meaning, `eager` the same in the inputs' own
     precision, whose error a backend may double; `cases` are small, odd and ragged, `workload` is the
     14B model's call at 768 x 448, `flop` how many operations a call's arguments ask for (None: it only
-    moves data); `gradients` names the arguments it is differentiable in.
+    moves data); `gradients` names the arguments it is differentiable in; `eight_bit`: it multiplies in eight
+    bits what it is given wider.
     """
 
     name: str
@@ -96,6 +97,7 @@ class OpSpec:
     workload: Case | None = None
     flop: Callable[..., int] | None = None
     gradients: tuple[str, ...] = ()
+    eight_bit: bool = False
 
     def __post_init__(self) -> None:
         names = [backend.name for backend in self.backends]

@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..config import SIZE_MULTIPLE, Precision
+from ..config import FLOAT8, SIZE_MULTIPLE, Precision
 from ..errors import InputError
 from ..graphs.buffers import layout
 from ..graphs.capture import release_memory
@@ -35,6 +35,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp8": torch.bfloat16,
+    "8bit": torch.bfloat16,
 }
 
 
@@ -74,8 +75,9 @@ def default_precision(model: Model) -> Precision:
 class Engine:
     """Runs chunks of one model at one size, precision and number of steps.
 
-    height, width: pixels, divisible by 16; steps: 1 to 1000; precision "fp32", "bf16" or "fp8" (the DiT's
-    large products in float8, all else as in bf16, with a loss that the README states); None takes
+    height, width: pixels, divisible by 16; steps: 1 to 1000; precision "fp32", "bf16", "fp8" (the DiT's
+    large products in float8, all else as in bf16) or "8bit" (its self-attention in eight bits too), with
+    losses that the README states; None takes
     the model's own size and steps and the fastest exact precision of its device.  capture: replay the
     stages from CUDA graphs, or launch them one by one with the same result; None captures on a CUDA device.
     The model's networks are converted in place.  Raises InputError for a setting that cannot be served.
@@ -102,19 +104,24 @@ class Engine:
                 raise InputError(f"{name} is {side}; it must be a positive multiple of {SIZE_MULTIPLE}")
         if self.precision not in DTYPES:
             raise InputError(f"precision is {self.precision!r}; use one of {', '.join(get_args(Precision))}")
-        if model.dit.fp8 and self.precision != "fp8":
+        if model.dit.fp8 and self.precision not in FLOAT8:
             raise InputError(
-                f"precision is {self.precision}, but the model's weights are float8 already; use fp8, or "
-                "load the model from its original folder"
+                f"precision is {self.precision}, but the model's weights are float8 already; "
+                "use fp8 or 8bit, or load the model from its original folder"
             )
         self.times = timesteps(self.steps, stream.shift)
         self.capture = self.device.type == "cuda" if capture is None else capture
         if self.capture and self.device.type != "cuda":
             raise InputError(f"capture is True, but {self.device} has no CUDA graphs; leave it out, or False")
         release = release_memory if self.device.type == "cuda" else lambda: None
-        model.dit.prepare(DTYPES[self.precision], fp8=self.precision == "fp8", release=release)
+        model.dit.prepare(
+            DTYPES[self.precision],
+            fp8=self.precision in FLOAT8,
+            eight_bit_attention=self.precision == "8bit",
+            release=release,
+        )
         model.vae.to(vae_dtype(self.precision, self.device)).eval().requires_grad_(False).prepare()
-        self._weights = model.dit.dtype, model.dit.fp8
+        self._prepared = self._as_it_is()
         # Few small kernels, which would queue behind denoising's, that fill the device.
         self.audio_lane = Lane(self.device, priority=-1)
         self.audio_lane.prepare_products()
@@ -208,7 +215,7 @@ class Engine:
         """The stages that fit; made (and captured) at the first chunk, and again only should the shapes of
         the constants or the windows change."""
         self._check_open()
-        if (self.model.dit.dtype, self.model.dit.fp8) != self._weights:
+        if self._as_it_is() != self._prepared:
             raise InputError(
                 f"the model was converted after this engine was made, which runs it in {self.precision}; "
                 "load the model once for every precision"
@@ -219,6 +226,11 @@ class Engine:
                 self.model, self.times, self.latent_shape(), constants, windows, self.capture
             )
         return self._stages
+
+    def _as_it_is(self) -> tuple[torch.dtype, bool, bool]:
+        """What `prepare` makes of a DiT, which another engine may change."""
+        dit = self.model.dit
+        return dit.dtype, dit.fp8, dit.eight_bit_attention
 
     def _check_open(self) -> None:
         if self._closed:
