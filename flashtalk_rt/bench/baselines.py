@@ -209,7 +209,7 @@ def measure_op(
 ) -> dict[str, float]:
     """One op on one call, its arguments not in the L2 cache: ms (median), p95_ms, bytes (of its arguments and
     results), flop (`OpSpec.flop`; 0: it only moves data), floor_ms, reference_ms (its plain meaning under
-    torch.compile, where it fits).  Raises FlashTalkError where that gives something else (`check_op`).
+    torch.compile, but for an op in eight bits, where it fits).  Raises FlashTalkError where that gives something else (`check_op`).
 
     The floor is the larger of the bytes at the copy's rate and the operations at the bare product's or the
     bare attention's, whichever is faster: a GPU at its power limit may clock lower under the product.  Where
@@ -244,7 +244,8 @@ def measure_op(
     }
     plain = spec.eager or spec.reference
     if plain is not None:
-        compiled = torch.compile(plain, backend=plan.compiler, dynamic=False)
+        # A loop over heads would be compiled head by head.
+        compiled = plain if spec.eight_bit else torch.compile(plain, backend=plan.compiler, dynamic=False)
         # An explicit form of attention may not fit beside the model.
         with contextlib.suppress(torch.OutOfMemoryError):
             check_op(spec.name, function(**arguments), compiled(**arguments))
