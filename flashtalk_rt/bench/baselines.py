@@ -209,7 +209,8 @@ def measure_op(
 ) -> dict[str, float]:
     """One op on one call, its arguments not in the L2 cache: ms (median), p95_ms, bytes (of its arguments and
     results), flop (`OpSpec.flop`; 0: it only moves data), floor_ms, reference_ms (its plain meaning under
-    torch.compile, but for an op in eight bits, where it fits).  Raises FlashTalkError where that gives something else (`check_op`).
+    torch.compile, but for an op in eight bits, where it fits).  Raises FlashTalkError where that gives
+    something else (`check_op`).
 
     The floor is the larger of the bytes at the copy's rate and the operations at the bare product's or the
     bare attention's, whichever is faster: a GPU at its power limit may clock lower under the product.  Where
