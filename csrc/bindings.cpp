@@ -43,12 +43,13 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "quantized_attention",
         [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t q_scale, uintptr_t k_scale, uintptr_t v_scale,
-           uintptr_t out, int batch, int length, int keys, int heads, int device, uintptr_t stream) {
-            flashtalk::quantized_attention({q, k, v, q_scale, k_scale, v_scale, out, batch, length, keys, heads,
-                                            device, stream});
+           uintptr_t v_mean, uintptr_t out, int batch, int length, int keys, int heads, int device,
+           uintptr_t stream) {
+            flashtalk::quantized_attention({q, k, v, q_scale, k_scale, v_scale, v_mean, out, batch, length, keys,
+                                            heads, device, stream});
         },
         py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_scale"), py::arg("k_scale"),
-        py::arg("v_scale"), py::arg("out"), py::arg("batch"), py::arg("length"), py::arg("keys"), py::arg("heads"),
+        py::arg("v_scale"), py::arg("v_mean"), py::arg("out"), py::arg("batch"), py::arg("length"), py::arg("keys"), py::arg("heads"),
         py::arg("device"), py::arg("stream"),
         "Enqueue an eight-bit attention (csrc/api/quantized_attention.h).  ValueError for what the kernel does not "
         "take, RuntimeError naming the call for an error of CUDA.");

@@ -312,7 +312,7 @@ def progress_bar(samples: int, stream: StreamConfig) -> Progress:
 def convert(
     folder: Annotated[str, typer.Argument(help='A model folder, published or converted, or "embedded".')],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
-    precision: Annotated[str, typer.Option(help=f"Of the DiT: {PRECISION_HELP}")] = "bf16",
+    precision: Annotated[str, typer.Option(help="Of the DiT: fp32 or bf16 or fp8.")] = "bf16",
 ) -> None:
     """Rewrite a checkpoint folder as safetensors that load fast and hold everything needed."""
     chosen = parse_precision(precision)

@@ -96,7 +96,7 @@ def test_the_extension_names_what_it_does_not_take(built: Path) -> None:
 def test_attention_in_eight_bits_names_what_it_does_not_take(built: Path) -> None:
     module = load(built)
     assert module.QUANTIZED_TILE_KEYS == quantized_attention.TILE_KEYS
-    tensors = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "out")
+    tensors = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "v_mean", "out")
     call = {
         **dict.fromkeys(tensors, 1024),
         "device": 0,

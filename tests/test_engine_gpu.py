@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashtalk_rt.bench.models import random_dit, random_model
-from flashtalk_rt.config import DiTConfig, StreamConfig, VAEConfig
+from flashtalk_rt.config import FLOAT8, DiTConfig, StreamConfig, VAEConfig
 from flashtalk_rt.graphs.capture import release_memory
 from flashtalk_rt.ops import _dispatch
 from flashtalk_rt.runtime import Engine
@@ -32,7 +32,6 @@ chunk_attention = importlib.import_module("flashtalk_rt.ops.chunk_attention")  #
 slice_conv = importlib.import_module("flashtalk_rt.ops.slice_conv")
 # What a chunk must be made of where the kernels of `csrc` are there: those, and the absorbed audio form.
 WIDE_OPS = {
-    "flashtalk_rt::chunk_attention_cuda",
     "flashtalk_rt::dual_cross_attention_cuda",
     "flashtalk_rt::slice_conv",
     "flashtalk_rt::head_products",
@@ -110,7 +109,7 @@ def test_captured_equals_eager_with_flash_attention_4(gpu_engine: Callable[..., 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("no_flash")
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", *FLOAT8])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_captured_equals_eager_with_every_kernel(
     steps: int, precision: Any, gpu_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
@@ -131,7 +130,10 @@ def test_captured_equals_eager_with_every_kernel(
         with Names() if not capture else contextlib.nullcontext() as names:
             results.append(frames_of(push(session, audio)))
         engine.close()
-    assert names is not None and not (WIDE_OPS | (FP8_OPS if precision == "fp8" else set())) - names.seen
+    assert names is not None
+    attention = "quantized_attention" if precision == "8bit" else "chunk_attention_cuda"
+    wanted = WIDE_OPS | {f"flashtalk_rt::{attention}"} | (FP8_OPS if precision in FLOAT8 else set())
+    assert not wanted - names.seen
     assert torch.equal(*results)
     assert results[0].float().std() > 10, "pictures, not a constant that NaN makes"
 

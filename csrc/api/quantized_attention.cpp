@@ -50,6 +50,7 @@ void quantized_attention(const QuantizedAttentionCall& call) {
     kChecks.pointer("q_scale", call.q_scale);
     kChecks.pointer("k_scale", call.k_scale);
     kChecks.pointer("v_scale", call.v_scale);
+    kChecks.pointer("v_mean", call.v_mean);
     kChecks.pointer("out", call.out);
     // Rows are rounded up to tiles, in 32 bits.
     if (std::max(call.length, call.keys) > std::numeric_limits<int>::max() / 2) kChecks.refuse("too many rows");
@@ -74,7 +75,7 @@ void quantized_attention(const QuantizedAttentionCall& call) {
         CU_TENSOR_MAP_SWIZZLE_32B);
     quantized::Scales scales{
         reinterpret_cast<const float*>(call.q_scale), reinterpret_cast<const float*>(call.k_scale),
-        reinterpret_cast<const float*>(call.v_scale)};
+        reinterpret_cast<const float*>(call.v_scale), reinterpret_cast<const float*>(call.v_mean)};
     auto* out = reinterpret_cast<uint16_t*>(call.out);
 
     constexpr int kSharedBytes = quantized::Tile::kSharedBytes;

@@ -6,9 +6,9 @@
 namespace flashtalk {
 
 // Device pointers, each to a contiguous tensor aligned to 16 bytes.
-//   out[b, i, h] = sum over j of softmax_j(q[b, i, h] . k[b, j, h] / sqrt(128)) v[b, j, h]
-// where each operand is its integers or float8 times its scale.  Nothing past `length` queries or `keys` keys is
-// written; of the values, what lies there must be zeros.
+//   out[b, i, h] = v_mean[b, h] + sum over j of softmax_j(q[b, i, h] . k[b, j, h] / sqrt(128)) v[b, j, h]
+// where q, k and v are their integers or float8 times their scales.  Nothing past `length` queries is written;
+// past `keys` keys the values must be zeros.
 struct QuantizedAttentionCall {
     uintptr_t q;        // int8 [batch, length, heads, 128]
     uintptr_t k;        // int8 [batch, keys, heads, 128]
@@ -16,6 +16,7 @@ struct QuantizedAttentionCall {
     uintptr_t q_scale;  // float [batch, heads, length]
     uintptr_t k_scale;  // float [batch, heads, tiles of kQuantizedTileKeys keys]
     uintptr_t v_scale;  // float [batch, heads]
+    uintptr_t v_mean;   // float [batch, heads, 128]
     uintptr_t out;      // bf16 [batch, length, heads, 128]; overlaps none of the others
     int batch, length, keys, heads;
     int device;

@@ -46,9 +46,10 @@ constexpr FT_HOST_DEVICE int position_key(int p) { return p / 16 * 16 + p % 4 / 
 constexpr FT_HOST_DEVICE int word_register(int i) { return i / 2 * 8 + i % 2 * 2; }
 
 struct Scales {
-    const float* q;  // [batch, heads, length]
-    const float* k;  // [batch, heads, tiles of keys]
-    const float* v;  // [batch, heads]
+    const float* q;       // [batch, heads, length]
+    const float* k;       // [batch, heads, tiles of keys]
+    const float* v;       // [batch, heads]
+    const float* v_mean;  // [batch, heads, 128]: what was taken off the values
 };
 
 extern const void* const kKernel;  // kernels/quantized_attention.cu: (CUtensorMap q, k and v, Shape, Scales, void* out)

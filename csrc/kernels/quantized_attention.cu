@@ -5,6 +5,8 @@
 // divided, are of the unrounded ones.
 #include <cuda_fp8.h>
 
+#include <cfloat>
+
 #include "include/attention_rows.cuh"
 #include "include/quantized_attention.h"
 #include "include/sm90.cuh"
@@ -218,7 +220,8 @@ __device__ __forceinline__ void consume(
         uint32_t weights[Tile::kKeys / 8];
         Rows rows;
         const auto update = [&](auto first) {
-            const float factor[2] = {q_scale[0] * tile_scale, q_scale[1] * tile_scale};
+            // Not zero, which a hidden key's score would make NaN.
+            const float factor[2] = {fmaxf(q_scale[0] * tile_scale, FLT_MIN), fmaxf(q_scale[1] * tile_scale, FLT_MIN)};
             return rows.update<first.value>(x, factor);
         };
         barrier_wait(memory.full(0), round);
@@ -266,8 +269,18 @@ __device__ __forceinline__ void consume(
         const float v_scale = __ldg(scales.v + head);
         const float factors[2] = {
             __fdividef(v_scale, quad_sum(rows.total[0])), __fdividef(v_scale, quad_sum(rows.total[1]))};
+        const float2* mean = reinterpret_cast<const float2*>(scales.v_mean + head * kDim) + lane % 4;
+#pragma unroll
+        for (int i = 0; i < kDim / 2; i += 4) {  // a block of 8 columns, of which this thread has two
+            const float2 both = __ldg(mean + i);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                sums[i + 2 * half] = fmaf(sums[i + 2 * half], factors[half], both.x);
+                sums[i + 2 * half + 1] = fmaf(sums[i + 2 * half + 1], factors[half], both.y);
+            }
+        }
         const int64_t row = (static_cast<int64_t>(origin.batch) * shape.length + query) * shape.heads + origin.head;
-        write_rows(sums, factors, out + row * kDim, shape.heads * kDim, shape.length - query);
+        write_rows(sums, {1.0f, 1.0f}, out + row * kDim, shape.heads * kDim, shape.length - query);
     }
 }
 

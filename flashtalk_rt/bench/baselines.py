@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -68,8 +69,10 @@ class Baselines:
     def floors(self, model: Model, stream: StreamConfig, precision: Precision) -> dict[str, float]:
         """The floors of the stages in milliseconds: see `measure_floors`."""
         key = ("floors", model.device, model.dit.config, model.vae.config, stream, precision)
-        rates, repeats = self.rates(model.device, DTYPES[precision]), self.plan.repeats
-        return self._once(key, lambda: measure_floors(model, stream, precision, rates, repeats))
+        device, repeats = model.device, self.plan.repeats
+        copy_rate = self.copy_rate(device)
+        fp8_rate = self.product_rate(device, floors.FP8) if precision == "8bit" else math.nan
+        return self._once(key, lambda: measure_floors(model, stream, precision, copy_rate, fp8_rate, repeats))
 
     def ops(self, device: torch.device, dtype: torch.dtype) -> OpRows:
         """Every op on its own: see `measure_ops`."""
@@ -78,10 +81,7 @@ class Baselines:
 
     def rates(self, device: torch.device, dtype: torch.dtype) -> Rates:
         """Of copies, of products in `dtype` and in float8, and of attention in `dtype`."""
-        copy, plan = self.copy_rate(device), self.plan
-
-        def product(kind: torch.dtype) -> float:
-            return floors.product_flop_per_s(device, kind, plan.repeats, plan.product_size)
+        plan = self.plan
 
         def attention() -> float:
             took_ms = floors.attention_ms(plan.attention, device, dtype, plan.repeats, ATTENDS)
@@ -89,7 +89,20 @@ class Baselines:
 
         return self._once(
             ("rates", device, dtype),
-            lambda: Rates(copy, product(dtype), attention(), product(floors.FP8)),
+            lambda: Rates(
+                self.copy_rate(device),
+                self.product_rate(device, dtype),
+                attention(),
+                self.product_rate(device, floors.FP8),
+            ),
+        )
+
+    def product_rate(self, device: torch.device, dtype: torch.dtype) -> float:
+        """Operations a second of a large product of operands in `dtype`."""
+        plan = self.plan
+        return self._once(
+            ("product", device, dtype),
+            lambda: floors.product_flop_per_s(device, dtype, plan.repeats, plan.product_size),
         )
 
     def copy_rate(self, device: torch.device) -> float:
@@ -106,14 +119,14 @@ class Baselines:
 
 
 def measure_floors(
-    model: Model, stream: StreamConfig, precision: Precision, rates: Rates, repeats: int
+    model: Model, stream: StreamConfig, precision: Precision, copy_rate: float, fp8_rate: float, repeats: int
 ) -> dict[str, float]:
     """The floors of the stages in milliseconds, of the work in the form that the runtime does it in.
 
     A step: its linear layers and self-attentions; where the audio's projections are absorbed, the four
     products of that form in their place, which stay in bfloat16 under fp8, as all of the audio's do.  The
-    VAE: its convolutions in the dtype it runs in, upsampling folded.  Colour: its bytes at the copy's rate.
-    Attention in eight bits: its operations at the float8 product's rate.
+    VAE: its convolutions in the dtype it runs in, upsampling folded.  Colour: its bytes at `copy_rate`.
+    Attention in eight bits: its operations at `fp8_rate`, that of a float8 product, which only 8bit needs.
     """
     device, config, dtype = model.device, model.dit.config, DTYPES[precision]
 
@@ -134,7 +147,7 @@ def measure_floors(
 
     attention = work.dit_self_attention(config, stream)
     if precision == "8bit":
-        attention_ms = 1e3 * work.total_flop(attention) / rates.fp8_flop_per_s
+        attention_ms = 1e3 * work.total_flop(attention) / fp8_rate
     else:
         attention_ms = floor_ms(attention, attends=ATTENDS)
     return {
@@ -145,7 +158,7 @@ def measure_floors(
         + attention_ms,
         "vae_decode_ms": convolutions_ms(decode),
         "vae_encode_ms": convolutions_ms(work.vae_encode(model.vae.config, stream)),
-        "color_ms": 1e3 * work.color_bytes(stream) / rates.copy_bytes_per_s,
+        "color_ms": 1e3 * work.color_bytes(stream) / copy_rate,
     }
 
 

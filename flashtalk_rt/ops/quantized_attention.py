@@ -1,6 +1,8 @@
 """Attention in eight bits: int8 scores, e4m3 weights and values.
 
-The form of SageAttention2 (arXiv 2411.10958), with the scales of its keys by tile and of its values by head.
+After SageAttention2 (arXiv 2411.10958): the means of keys and values are taken off; queries are rounded by
+row, keys by tile, values by head.  Without its two levels of sums: a tensor core keeps some 14 bits of a
+float8 product's sum, and what it drops would be a bias where the values had a mean.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Operands(NamedTuple):
     k_scale: Tensor  # float32 [B, H, M / TILE_KEYS, rounded up]
     v: Tensor  # e4m3 [B, H, D, M padded to 32], keys in the order of `positions`
     v_scale: Tensor  # float32 [B, H]
+    v_mean: Tensor  # float32 [B, H, D], taken off v
 
 
 def positions(count: int, device: torch.device) -> Tensor:
@@ -42,16 +45,19 @@ def positions(count: int, device: torch.device) -> Tensor:
 
 
 def quantize_plainly(q: Tensor, k: Tensor, v: Tensor) -> Operands:
-    """Queries rounded by row, keys by tile, values by head; each to its largest magnitude."""
+    """Queries rounded by row, keys less their mean by tile, each to its largest magnitude; values less theirs
+    by head, to a bound on it."""
     rows = q.float().transpose(1, 2)  # [B, H, L, D]
     q_scale = _scale(rows.abs().amax(-1), INT8_MAX)
     keys = k.float().transpose(1, 2)
+    keys = keys - keys.mean(2, keepdim=True)
     padding = -k.shape[1] % TILE_KEYS
     largest = F.pad(keys.abs().amax(-1), (0, padding)).unflatten(-1, (-1, TILE_KEYS)).amax(-1)
     k_scale = _scale(largest, INT8_MAX)
     values = v.float().permute(0, 2, 3, 1)  # [B, H, D, M]
-    v_scale = _scale(values.abs().amax((2, 3)), FP8_MAX)
-    padded = F.pad(values, (0, -v.shape[1] % 32))
+    v_mean = values.mean(-1)
+    v_scale = _scale(values.abs().amax((2, 3)) + v_mean.abs().amax(-1), FP8_MAX)
+    padded = F.pad(values - v_mean[..., None], (0, -v.shape[1] % 32))
     ordered = padded[..., positions(padded.shape[-1], v.device)]
     return Operands(
         _to_int8(rows, q_scale).transpose(1, 2).contiguous(),
@@ -62,6 +68,7 @@ def quantize_plainly(q: Tensor, k: Tensor, v: Tensor) -> Operands:
         k_scale,
         (ordered / v_scale[..., None, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8),
         v_scale,
+        v_mean,
     )
 
 
@@ -76,8 +83,8 @@ def _to_int8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the kernel computes but for the order of its sums and where weights are rounded (relative to the
-    largest score so far).  One head at a time: all scores of the published size would take 23 GB."""
+    """What the kernel computes but for its sums' order and width and where weights are rounded (relative to
+    the largest score so far).  One head at a time: all scores of the published size would take 23 GB."""
     operands = quantize_plainly(q, k, v)
     keys = k.shape[1]
     scale = q.shape[-1] ** -0.5
@@ -91,12 +98,16 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         rounded = (weights * WEIGHT_SCALE).to(FP8).float() / WEIGHT_SCALE
         sums = rounded @ values[:, head, :, :keys].transpose(1, 2)
-        heads.append(sums * (operands.v_scale[:, head, None, None] / weights.sum(-1, keepdim=True)))
+        scaled = sums * (operands.v_scale[:, head, None, None] / weights.sum(-1, keepdim=True))
+        heads.append(scaled + operands.v_mean[:, head, None])
     return torch.stack(heads, dim=2).to(q.dtype)
 
 
 def _cuda(situation: Situation) -> str | None:
-    return cuda.supports(situation) or TRITON.supports(situation)
+    reason = cuda.supports(situation) or TRITON.supports(situation)
+    if reason is None and getattr(extension(), "QUANTIZED_TILE_KEYS", None) != TILE_KEYS:
+        return "flashtalk_rt._C is of other sources; install the package again"
+    return reason
 
 
 @torch.library.custom_op("flashtalk_rt::quantized_attention", mutates_args=(), device_types="cuda")
@@ -109,9 +120,9 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out
-    operands = Operands(*kernels.quantize(q, k, v, TILE_KEYS))
     batch, length, heads, _ = q.shape
     with torch.cuda.device(q.device):
+        operands = Operands(*kernels.quantize(q, k, v, TILE_KEYS))
         module.quantized_attention(
             **{name: x.data_ptr() for name, x in operands._asdict().items()},
             out=out.data_ptr(),
@@ -135,9 +146,10 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None 
 
     q [B, L, H, D]; k, v [B, M, H, D]; one dtype; D contiguous.  q is rounded to int8 by row, k by 96 keys of
     a head, v to float8 e4m3 by head, and the softmax's weights to e4m3: 4% of the result's size on standard
-    normal inputs, where bfloat16 loses 0.2%.  Returns [B, L, H, D] in q's dtype.  ValueError
-    where the shapes do not belong together; InputError where a gradient would be needed, and why `backend`
-    cannot serve.
+    normal inputs, where bfloat16 loses 0.2%.  Plain torch, which serves where the kernel cannot (it is
+    sm_90's, for heads of 128), goes head by head in float32.  A NaN in q or k alone does not show.
+    Returns [B, L, H, D] in q's dtype.  ValueError where the shapes do not belong together; InputError where a
+    gradient would be needed, and why `backend` cannot serve.
     """
     batch, _, heads, dim = q.shape
     if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or k.shape[1] == 0:

@@ -192,8 +192,8 @@ class Engine:
         motion [1, z, 1 or 2, h, w]; windows as `audio_features` returns them; `noise` draws one standard
         normal of `latent_shape`, in the order that `modules.chunk.denoise` states.  `stopped` is asked before
         and after every denoising step and latent frame; once it says yes the result is None.  `meanwhile` is
-        called once, while the device is busy.  One chunk runs at a time; a second thread waits.  The first
-        chunk prepares the stages.  Raises InputError after `close`.
+        called once, in the first step, while the device is busy.  One chunk runs at a time; a second thread
+        waits.  The first chunk prepares the stages.  Raises InputError after `close`.
         """
         with self._lock:
             stages = self._prepare(constants, windows)

@@ -14,7 +14,9 @@ from flashtalk_rt.runtime import Engine
 @pytest.mark.gpu
 @pytest.mark.latency
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("height", "width", "precision"), [(768, 448, "fp8"), (720, 416, "bf16")])
+@pytest.mark.parametrize(
+    ("height", "width", "precision"), [(768, 448, "fp8"), (720, 416, "bf16"), (768, 448, "8bit")]
+)
 def test_captured_equals_eager(height: int, width: int, precision: Precision) -> None:
     """Bit for bit, in a first chunk and one that goes on from it."""
     model = published_model(None, height, width)
