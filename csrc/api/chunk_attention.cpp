@@ -48,12 +48,12 @@ void chunk_attention(const ChunkAttentionCall& call) {
 
     Shape shape{call.batch, call.heads, call.length, call.keys};
     const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, call.device);
-    const int64_t tiles = tile_count(shape, kQueries);
+    const int64_t tiles = tile_count(shape, Tile::kQueries);
     // The grid's stride is added to a tile's number before it is compared.
     if (tiles > std::numeric_limits<int>::max() - multiprocessors) kChecks.refuse("too many queries");
 
     const EncodeTiled encode = encode_tiled();
-    CUtensorMap queries = tensor_map(encode, q, kQueries);
+    CUtensorMap queries = tensor_map(encode, q, Tile::kQueries);
     CUtensorMap keys = tensor_map(encode, k, Tile::kKeys);
     CUtensorMap values = tensor_map(encode, v, Tile::kKeys);
     auto* out = reinterpret_cast<uint16_t*>(call.out);
@@ -61,7 +61,7 @@ void chunk_attention(const ChunkAttentionCall& call) {
     FT_CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes));
     const dim3 grid(static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors));
     std::array<void*, 5> parameters{&queries, &keys, &values, &shape, &out};
-    FT_CHECK_CUDA(cudaLaunchKernel(kKernel, grid, dim3(kThreads), parameters.data(), size_t{Tile::kSharedBytes},
+    FT_CHECK_CUDA(cudaLaunchKernel(kKernel, grid, dim3(Tile::kThreads), parameters.data(), size_t{Tile::kSharedBytes},
                                    reinterpret_cast<cudaStream_t>(call.stream)));
 }
 

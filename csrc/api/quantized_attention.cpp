@@ -58,14 +58,14 @@ void quantized_attention(const QuantizedAttentionCall& call) {
 
     Shape shape{call.batch, call.heads, call.length, call.keys};
     const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, call.device);
-    const int64_t tiles = tile_count(shape, quantized::kQueries);
+    const int64_t tiles = tile_count(shape, quantized::Tile::kQueries);
     // The grid's stride is added to a tile's number before it is compared.
     if (tiles > std::numeric_limits<int>::max() - multiprocessors) kChecks.refuse("too many queries");
 
     const EncodeTiled encode = encode_tiled();
     const int padded = ceil_div(call.keys, quantized::kMmaK) * quantized::kMmaK;
     CUtensorMap queries = byte_map(
-        encode, call.q, {kDim, call.heads, call.length, call.batch}, {kDim, 1, quantized::kQueries, 1},
+        encode, call.q, {kDim, call.heads, call.length, call.batch}, {kDim, 1, quantized::Tile::kQueries, 1},
         CU_TENSOR_MAP_SWIZZLE_128B);
     CUtensorMap keys = byte_map(
         encode, call.k, {kDim, call.heads, call.keys, call.batch}, {kDim, 1, quantized::Tile::kKeys, 1},
@@ -82,7 +82,7 @@ void quantized_attention(const QuantizedAttentionCall& call) {
     FT_CHECK_CUDA(cudaFuncSetAttribute(quantized::kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
     const dim3 grid(static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors));
     std::array<void*, 6> parameters{&queries, &keys, &values, &shape, &scales, &out};
-    FT_CHECK_CUDA(cudaLaunchKernel(quantized::kKernel, grid, dim3(quantized::kThreads), parameters.data(),
+    FT_CHECK_CUDA(cudaLaunchKernel(quantized::kKernel, grid, dim3(quantized::Tile::kThreads), parameters.data(),
                                    size_t{kSharedBytes}, reinterpret_cast<cudaStream_t>(call.stream)));
 }
 

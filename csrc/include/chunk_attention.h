@@ -5,11 +5,10 @@
 
 namespace flashtalk::attention {
 
-constexpr int kConsumers = 2;  // warpgroups that multiply
-constexpr int kQueries = kConsumers * kMmaRows;
-constexpr int kThreads = 128 * (kConsumers + 1);
-
 struct Tile {
+    static constexpr int kConsumers = 2;  // warpgroups that multiply
+    static constexpr int kThreads = 128 * (kConsumers + 1);
+    static constexpr int kQueries = kConsumers * kMmaRows;
     static constexpr int kKeys = 192;  // faster than 176 and 128
     static constexpr int kHalfBytes = kKeys * kRowBytes;
     static constexpr int kTileBytes = kHalves * kHalfBytes;  // of keys, or of values

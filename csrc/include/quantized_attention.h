@@ -9,15 +9,15 @@
 
 namespace flashtalk::attention::quantized {
 
-// Three warpgroups: their softmax takes longer than their products, and where one waits, two others work.
-constexpr int kConsumers = 3;
-constexpr int kQueries = kConsumers * kMmaRows;
-constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kMmaK = 32;                  // what one eight-bit wgmma sums over
 constexpr int kRowBytes = kDim;            // of a query or a key
 constexpr int kSpanBytes = kDim * kMmaK;   // of the values of 32 keys: a box of TMA, and a product's operand
 
 struct Tile {
+    // Warpgroups that multiply: their softmax takes longer than their products, and where one waits, two work.
+    static constexpr int kConsumers = 3;
+    static constexpr int kThreads = 128 * (kConsumers + 1);
+    static constexpr int kQueries = kConsumers * kMmaRows;
     static constexpr int kKeys = 96;  // that share a scale
     static constexpr int kTileBytes = kKeys * kRowBytes;  // of keys, or of values
     static constexpr int kSpans = kKeys / kMmaK;

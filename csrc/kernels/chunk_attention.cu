@@ -4,10 +4,11 @@
 // Persistent blocks of one warp that loads (TMA) and two warpgroups that multiply (wgmma).  The scores of the
 // next tile of keys are asked for before the weighted sum of the last, and the softmax of the one runs while
 // the other is computed; beyond that, the warpgroups take turns to issue products, so that one's softmax
-// falls into the other's products.  include/chunk_attention.h says what lies where and why.
+// falls into the other's products.  include/self_attention.h says what lies where.
 #include "include/attention_mma.cuh"
 #include "include/attention_rows.cuh"
 #include "include/chunk_attention.h"
+#include "include/self_attention.cuh"
 #include "include/sm90.cuh"
 
 namespace flashtalk::attention {
@@ -17,55 +18,27 @@ constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;  // 128 * 24 + 256 * 240 = 64512 of the 65536 of a multiprocessor
 constexpr int kTurnBarrier = 1;          // and 2: one a warpgroup; 0 is __syncthreads()
 
-// What waits for what.  Every slot (the queries, two stages of keys, two of values) has a full barrier, which
-// one arrival and the copies' bytes complete, and an empty one, which the eight consumer warps complete.
-// Producer and consumers pass through each slot's rounds in the same order, and each waits for round r of
-// "full" (parity r & 1), or round r - 1 of "empty" (parity (r & 1) ^ 1; before the first, complete): neither
-// barrier can be two rounds ahead of a thread that waits for it, as the other side needs that thread's own
-// arrival for it.  So parities are unambiguous.
-//
-// The producer loads in the order of the consumers' waits: K_last, Q, then K_n, V_n+1 downward, V_0.  The
-// consumers' only other wait is for their turn (below).  A warpgroup releases what the producer needs for a
-// load before it waits for a turn or for that load: K_n goes where K_n+2 was, V_n+1 where V_n+3 was, and
-// both are released before the step that asks for K_n+1; Q is released before the last V is waited for.
-__device__ __forceinline__ void produce(
-    const Memory<Tile>& memory, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
-    const Shape& shape) {
-    prefetch_map(q);
-    prefetch_map(k);
-    prefetch_map(v);
-    const int tiles = static_cast<int>(tile_count(shape, kQueries));
-    const int last = ceil_div(shape.keys, Tile::kKeys) - 1;
-    Ring keys{1}, values{1 + kStages};
-    uint32_t round = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, round ^= 1) {
-        const Origin origin = tile_origin(shape, kQueries, tile);
-        const auto load = [&](Ring& ring, const CUtensorMap& map, int number) {
-            const uint32_t data = memory.data(ring.slot()), full = memory.full(ring.slot());
-            barrier_wait(memory.empty(ring.slot()), ring.parity ^ 1);
-            barrier_expect(full, Tile::kTileBytes);  // a box counts whole, also past the end, where it is zeros
+// How the warp that loads fills a slot: by halves of 64 columns.
+struct Boxes {
+    const CUtensorMap &q, &k, &v;
+
+    template <int kHalfBytes>
+    __device__ __forceinline__ static void load(
+        uint32_t to, const CUtensorMap& map, uint32_t full, const Origin& origin, int row) {
 #pragma unroll
-            for (int half = 0; half < kHalves; ++half) {
-                load_box(data + half * Tile::kHalfBytes, map, full, half * kHalf, origin.head,
-                         number * Tile::kKeys, origin.batch);
-            }
-            ring.next();
-        };
-        load(keys, k, last);
-        barrier_wait(memory.empty(0), round ^ 1);
-        barrier_expect(memory.full(0), Tile::kQueryBytes);
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-            load_box(memory.data(0) + half * Tile::kQueryHalfBytes, q, memory.full(0), half * kHalf, origin.head,
-                     origin.query, origin.batch);
-        }
-        for (int n = last - 1; n >= 0; --n) {
-            load(keys, k, n);
-            load(values, v, n + 1);
-        }
-        load(values, v, 0);
+        for (int half = 0; half < kHalves; ++half)
+            load_box(to + half * kHalfBytes, map, full, half * kHalf, origin.head, row, origin.batch);
     }
-}
+    __device__ __forceinline__ void queries(uint32_t to, uint32_t full, const Origin& origin) const {
+        load<Tile::kQueryHalfBytes>(to, q, full, origin, origin.query);
+    }
+    __device__ __forceinline__ void keys(uint32_t to, uint32_t full, const Origin& origin, int first) const {
+        load<Tile::kHalfBytes>(to, k, full, origin, first);
+    }
+    __device__ __forceinline__ void values(uint32_t to, uint32_t full, const Origin& origin, int first) const {
+        load<Tile::kHalfBytes>(to, v, full, origin, first);
+    }
+};
 
 // --- one warpgroup's part -----------------------------------------------------------------------------
 
@@ -125,12 +98,12 @@ __device__ __forceinline__ void write_out(
 // Turns: warpgroup g waits at its own named barrier for the other's arrival there.  Both take the same number
 // of turns, strictly one after the other, warpgroup 0 first; warpgroup 1 grants that first turn before all
 // else.  No second arrival comes before the first was waited for: to grant a turn one must have had one's own.
-__device__ __forceinline__ void take_turn(int group) { named_wait<128 * kConsumers>(kTurnBarrier + group); }
-__device__ __forceinline__ void grant_turn(int group) { named_arrive<128 * kConsumers>(kTurnBarrier + group); }
+__device__ __forceinline__ void take_turn(int group) { named_wait<128 * Tile::kConsumers>(kTurnBarrier + group); }
+__device__ __forceinline__ void grant_turn(int group) { named_arrive<128 * Tile::kConsumers>(kTurnBarrier + group); }
 
 __device__ __forceinline__ void consume(const Memory<Tile>& memory, const Shape& shape, uint16_t* out, int group) {
     const bool signals = threadIdx.x % 32 == 0;  // each warp releases what it has read
-    const int tiles = static_cast<int>(tile_count(shape, kQueries));
+    const int tiles = static_cast<int>(tile_count(shape, Tile::kQueries));
     const int last = ceil_div(shape.keys, Tile::kKeys) - 1;
     const int rest = shape.keys - last * Tile::kKeys;  // keys of the last tile
     const uint64_t q = descriptor(memory.data(0) + group * kMmaRows * kRowBytes, 16);
@@ -188,32 +161,22 @@ __device__ __forceinline__ void consume(const Memory<Tile>& memory, const Shape&
         mma_wait<0>();
         pin(sums);
         release(values);
-        write_out(sums, rows, shape, tile_origin(shape, kQueries, tile), group, out);
+        write_out(sums, rows, shape, tile_origin(shape, Tile::kQueries, tile), group, out);
     }
     if (group == 0) take_turn(0);  // the last grant, so that none is left over
 }
 
-__global__ void __launch_bounds__(kThreads, 1) chunk_attention_kernel(
+__global__ void __launch_bounds__(Tile::kThreads, 1) chunk_attention_kernel(
     const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
     const __grid_constant__ Shape shape, uint16_t* out) {
-    extern __shared__ uint8_t shared[];
-    const uint32_t start = shared_address(shared);
-    const Memory<Tile> memory{(start + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment};
-    if (threadIdx.x == 0) {
-        for (int slot = 0; slot < kSlots; ++slot) {
-            barrier_init(memory.full(slot), 1);
-            barrier_init(memory.empty(slot), kConsumers * 4);
-        }
-        barrier_init_fence();
-    }
-    __syncthreads();
-    if (threadIdx.x < 128) {
-        give_registers<kProducerRegisters>();
-        if (threadIdx.x == 0) produce(memory, q, k, v, shape);
-    } else {
-        take_registers<kConsumerRegisters>();
-        consume(memory, shape, out, __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1);
-    }
+    run_block<Tile, kProducerRegisters, kConsumerRegisters>(
+        [&](const Memory<Tile>& memory) {
+            prefetch_map(q);
+            prefetch_map(k);
+            prefetch_map(v);
+            produce(memory, shape, Boxes{q, k, v});
+        },
+        [&](const Memory<Tile>& memory, int group) { consume(memory, shape, out, group); });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Attention of int8 queries and keys and e4m3 values for sm_90a, forward, every query over every key: the
-// design of kernels/chunk_attention.cu, whose barriers these are, with eight-bit products.
+// design of kernels/chunk_attention.cu with eight-bit products, and without turns.
 //
 // Scores are exact in int32.  Weights are scaled by 2^8 and rounded to e4m3; their sums, by which the result is
 // divided, are of the unrounded ones.
@@ -9,6 +9,7 @@
 
 #include "include/attention_rows.cuh"
 #include "include/quantized_attention.h"
+#include "include/self_attention.cuh"
 #include "include/sm90.cuh"
 
 namespace flashtalk::attention::quantized {
@@ -84,50 +85,22 @@ __device__ __forceinline__ void issue_values(
     mma_commit();
 }
 
-// --- the warp that loads --------------------------------------------------------------------------------
+// How the warp that loads fills a slot.
+struct Boxes {
+    const CUtensorMap &q, &k, &v;
 
-__device__ __forceinline__ void produce(
-    const Memory<Tile>& memory, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
-    const Shape& shape) {
-    prefetch_map(q);
-    prefetch_map(k);
-    prefetch_map(v);
-    const int tiles = static_cast<int>(tile_count(shape, kQueries));
-    const int last = ceil_div(shape.keys, Tile::kKeys) - 1;
-    Ring keys{1}, values{1 + kStages};
-    uint32_t round = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, round ^= 1) {
-        const Origin origin = tile_origin(shape, kQueries, tile);
-        const auto begin = [&](const Ring& ring) {  // a box counts whole, also past the end, where it is zeros
-            barrier_wait(memory.empty(ring.slot()), ring.parity ^ 1);
-            barrier_expect(memory.full(ring.slot()), Tile::kTileBytes);
-        };
-        const auto load_keys = [&](int number) {
-            begin(keys);
-            load_box(memory.data(keys.slot()), k, memory.full(keys.slot()), 0, origin.head, number * Tile::kKeys,
-                     origin.batch);
-            keys.next();
-        };
-        const auto load_values = [&](int number) {
-            begin(values);
-#pragma unroll
-            for (int span = 0; span < Tile::kSpans; ++span) {
-                load_box(memory.data(values.slot()) + span * kSpanBytes, v, memory.full(values.slot()),
-                         number * Tile::kKeys + span * kMmaK, 0, origin.head, origin.batch);
-            }
-            values.next();
-        };
-        load_keys(last);
-        barrier_wait(memory.empty(0), round ^ 1);
-        barrier_expect(memory.full(0), Tile::kQueryBytes);
-        load_box(memory.data(0), q, memory.full(0), 0, origin.head, origin.query, origin.batch);
-        for (int n = last - 1; n >= 0; --n) {
-            load_keys(n);
-            load_values(n + 1);
-        }
-        load_values(0);
+    __device__ __forceinline__ void queries(uint32_t to, uint32_t full, const Origin& origin) const {
+        load_box(to, q, full, 0, origin.head, origin.query, origin.batch);
     }
-}
+    __device__ __forceinline__ void keys(uint32_t to, uint32_t full, const Origin& origin, int first) const {
+        load_box(to, k, full, 0, origin.head, first, origin.batch);
+    }
+    __device__ __forceinline__ void values(uint32_t to, uint32_t full, const Origin& origin, int first) const {
+#pragma unroll
+        for (int span = 0; span < Tile::kSpans; ++span)
+            load_box(to + span * kSpanBytes, v, full, first + span * kMmaK, 0, origin.head, origin.batch);
+    }
+};
 
 // --- one warpgroup's part -------------------------------------------------------------------------------
 
@@ -190,7 +163,7 @@ __device__ __forceinline__ void consume(
     const Memory<Tile>& memory, const Shape& shape, const Scales& scales, uint16_t* out, int group) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const bool signals = lane == 0;  // each warp releases what it has read
-    const int tiles = static_cast<int>(tile_count(shape, kQueries));
+    const int tiles = static_cast<int>(tile_count(shape, Tile::kQueries));
     const int key_tiles = ceil_div(shape.keys, Tile::kKeys), last = key_tiles - 1;
     const int rest = shape.keys - last * Tile::kKeys;  // keys of the last tile
     const uint64_t q = descriptor(memory.data(0) + group * kMmaRows * kRowBytes, 16);
@@ -204,7 +177,7 @@ __device__ __forceinline__ void consume(
     Ring keys{1}, values{1 + kStages};
     uint32_t round = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, round ^= 1) {
-        const Origin origin = tile_origin(shape, kQueries, tile);
+        const Origin origin = tile_origin(shape, Tile::kQueries, tile);
         const int query = origin.query + group * kMmaRows;  // the warpgroup's first
         const int64_t head = static_cast<int64_t>(origin.batch) * shape.heads + origin.head;
         const float* k_scale = scales.k + head * key_tiles;
@@ -284,27 +257,17 @@ __device__ __forceinline__ void consume(
     }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) quantized_attention_kernel(
+__global__ void __launch_bounds__(Tile::kThreads, 1) quantized_attention_kernel(
     const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
     const __grid_constant__ Shape shape, const __grid_constant__ Scales scales, uint16_t* out) {
-    extern __shared__ uint8_t shared[];
-    const uint32_t start = shared_address(shared);
-    const Memory<Tile> memory{(start + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment};
-    if (threadIdx.x == 0) {
-        for (int slot = 0; slot < kSlots; ++slot) {
-            barrier_init(memory.full(slot), 1);
-            barrier_init(memory.empty(slot), kConsumers * 4);
-        }
-        barrier_init_fence();
-    }
-    __syncthreads();
-    if (threadIdx.x < 128) {
-        give_registers<kProducerRegisters>();
-        if (threadIdx.x == 0) produce(memory, q, k, v, shape);
-    } else {
-        take_registers<kConsumerRegisters>();
-        consume(memory, shape, scales, out, __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1);
-    }
+    run_block<Tile, kProducerRegisters, kConsumerRegisters>(
+        [&](const Memory<Tile>& memory) {
+            prefetch_map(q);
+            prefetch_map(k);
+            prefetch_map(v);
+            produce(memory, shape, Boxes{q, k, v});
+        },
+        [&](const Memory<Tile>& memory, int group) { consume(memory, shape, scales, out, group); });
 }
 
 }  // namespace

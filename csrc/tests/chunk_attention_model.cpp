@@ -35,14 +35,14 @@ void attend(const Shape& shape, std::mt19937& random) {
     CHECK(memory.spare() + 16 <= Tile::kSharedBytes, "shared memory ends before the spare word");
     const float scale = 1 / std::sqrt(static_cast<float>(kDim)) * 1.4426950408889634f;
     const int last = ceil_div(shape.keys, kKeys) - 1;
-    for (int tile = 0; tile < static_cast<int>(tile_count(shape, kQueries)); ++tile) {
-        const Origin origin = tile_origin(shape, kQueries, tile);
+    for (int tile = 0; tile < static_cast<int>(tile_count(shape, Tile::kQueries)); ++tile) {
+        const Origin origin = tile_origin(shape, Tile::kQueries, tile);
         for (int half = 0; half < kHalves; ++half) {
             const auto to = memory.data(0) + static_cast<uint32_t>(half * Tile::kQueryHalfBytes);
-            load_box(shared, to, q, kQueries, half * kHalf, origin.head, origin.query, origin.batch);
+            load_box(shared, to, q, Tile::kQueries, half * kHalf, origin.head, origin.query, origin.batch);
         }
-        std::vector<Registers<kDim / 2>> sums(kConsumers, Registers<kDim / 2>(128));
-        std::vector<std::array<float, 2>> top(kConsumers * 128, {-INFINITY, -INFINITY}), total(kConsumers * 128);
+        std::vector<Registers<kDim / 2>> sums(Tile::kConsumers, Registers<kDim / 2>(128));
+        std::vector<std::array<float, 2>> top(Tile::kConsumers * 128, {-INFINITY, -INFINITY}), total(Tile::kConsumers * 128);
         for (int n = last; n >= 0; --n) {
             const int key_slot = 1 + (last - n) % kStages, value_slot = key_slot + kStages;
             int bytes = 0;
@@ -53,7 +53,7 @@ void attend(const Shape& shape, std::mt19937& random) {
                                       n * kKeys, origin.batch);
             }
             CHECK(bytes == 2 * Tile::kTileBytes, "%d bytes in two tiles of %d", bytes, Tile::kTileBytes);
-            for (int group = 0; group < kConsumers; ++group) {
+            for (int group = 0; group < Tile::kConsumers; ++group) {
                 const auto rows = static_cast<uint32_t>(group * kMmaRows * kRowBytes);
                 const uint64_t query = descriptor(memory.data(0) + rows, 16);
                 Registers<kKeys / 2> scores(128);
@@ -102,7 +102,7 @@ void attend(const Shape& shape, std::mt19937& random) {
                 }
             }
         }
-        for (int group = 0; group < kConsumers; ++group)
+        for (int group = 0; group < Tile::kConsumers; ++group)
             for (int t = 0; t < 128; ++t)
                 for (int i = 0; i < kDim / 2; ++i) {
                     const int half = fragment_half(i);
@@ -152,7 +152,7 @@ struct Event {
 };
 
 void pipeline(int tiles, int key_tiles, std::mt19937& random) {
-    constexpr int kWarps = kConsumers * 4;
+    constexpr int kWarps = Tile::kConsumers * 4;
     std::vector<std::vector<Event>> programs(1 + kWarps);
     Ring keys{1}, values{1 + kStages};
     int key_number = 0, value_number = 0;
@@ -205,7 +205,7 @@ void pipeline(int tiles, int key_tiles, std::mt19937& random) {
     std::vector<int> holds(kSlots, -1), readers(kSlots, 0);
     std::vector<size_t> at(programs.size());
     // Eight arrivals, of four warps that grant and four that take, complete a named barrier.
-    std::array<int, kConsumers> arrived{}, granted{}, completed{};
+    std::array<int, Tile::kConsumers> arrived{}, granted{}, completed{};
     std::vector<int> taken(programs.size(), -1);  // the phase that a warp waits for, once it has arrived
     for (size_t running = programs.size(), idle = 0; running > 0;) {
         const size_t who = random() % programs.size();
@@ -256,7 +256,7 @@ void pipeline(int tiles, int key_tiles, std::mt19937& random) {
         idle = moved ? 0 : idle + 1;
         CHECK(idle < 100000, "the pipeline hangs");
     }
-    for (int group = 0; group < kConsumers; ++group) CHECK(arrived[group] == 0, "a grant is left over");
+    for (int group = 0; group < Tile::kConsumers; ++group) CHECK(arrived[group] == 0, "a grant is left over");
 }
 
 }  // namespace
@@ -265,7 +265,7 @@ int main() {
     std::mt19937 random(0);
     for (int key_tiles = 1; key_tiles <= 6; ++key_tiles) pipeline(5, key_tiles, random);
     // Ragged queries and keys, in one tile and in more; several heads and batches.
-    attend({1, 2, kQueries + 70, 2 * Tile::kKeys + 5}, random);
+    attend({1, 2, Tile::kQueries + 70, 2 * Tile::kKeys + 5}, random);
     attend({2, 1, 3, Tile::kKeys}, random);
     attend({1, 1, 65, 1}, random);
     std::printf("%d bytes of shared memory\n", Tile::kSharedBytes);

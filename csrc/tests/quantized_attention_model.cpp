@@ -62,13 +62,13 @@ void tile(int length, int keys, std::mt19937& random) {
     Bytes shared(static_cast<size_t>(Tile::kSharedBytes));
     const Memory<Tile> memory{kSharedAlignment};
     CHECK(memory.spare() + 16 <= static_cast<uint32_t>(Tile::kSharedBytes), "no room for the spare word");
-    load_box(shared, memory.data(0), q, kQueries, kDim, kDim, 0, 0, length, kDim);
+    load_box(shared, memory.data(0), q, Tile::kQueries, kDim, kDim, 0, 0, length, kDim);
     load_box(shared, memory.data(1), k, Tile::kKeys, kDim, kDim, 0, 0, keys, kDim);
     for (int span = 0; span < Tile::kSpans; ++span)
         load_box(shared, memory.data(1 + kStages) + static_cast<uint32_t>(span * kSpanBytes), v, kDim, kMmaK, padded, 0,
                  span * kMmaK, kDim, padded);
 
-    for (int group = 0; group < kConsumers; ++group) {
+    for (int group = 0; group < Tile::kConsumers; ++group) {
         const uint64_t rows = descriptor(memory.data(0) + static_cast<uint32_t>(group * kMmaRows * kRowBytes), 16);
         const uint64_t columns = descriptor(memory.data(1), 16), values = value_descriptor(memory.data(1 + kStages));
         // The accumulators, and what they become in their threads.
@@ -129,8 +129,8 @@ int main() {
     using namespace flashtalk::attention::quantized;
     std::mt19937 random(0);
     order();
-    tile(kQueries, Tile::kKeys, random);
-    tile(kQueries - 70, 37, random);
+    tile(Tile::kQueries, Tile::kKeys, random);
+    tile(Tile::kQueries - 70, 37, random);
     std::printf("%d bytes of shared memory\n", Tile::kSharedBytes);
     return 0;
 }
