@@ -72,6 +72,32 @@ def kernel_code(name: str, folder: Path) -> str:
     return machine_code(binary)
 
 
+def check_attention_code(text: str, scores: str, sums: str, keys: int, step: int) -> None:
+    """In the machine code of an attention of 128 columns: a tile's scores and the last one's sums are asked
+    for, then come the exponentials, then a wait.  scores, sums: patterns of their products, which sum over
+    `step` columns or keys; keys: a tile's."""
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.MULTILINE)
+
+    def at(pattern: str) -> list[int]:
+        return [i for i, line in enumerate(code) if re.search(pattern, line)]
+
+    assert at(r"\b(LDL|STL)\b") == [], "local memory"
+    asked, summed = at(scores), at(sums)
+    assert len(asked) == 2 * 128 // step and len(summed) == 2 * keys // step, (
+        "of the first or last, of a step"
+    )
+    assert len(at("GMMA")) == len(asked) + len(summed)
+    (both,) = at(r"DEPBAR\.LE gsb0, 0x1")
+    end = next(i for i in at(r"DEPBAR\.LE gsb0, 0x0") if i > both)
+    assert asked[-1] < summed[0] and summed[keys // step - 1] < both
+    weights = [i for i in at(r"MUFU\.EX2") if both < i < end]
+    assert len(weights) == keys // 2 + 2, "a thread's weights, and by what two rows fade"
+    # What follows the release of registers belongs to the loading warp, which kept 24.
+    start = at(r"USETMAXREG\.DEALLOC")[0]
+    assert "0x18" in code[start]
+    assert max(int(r) for line in code[start:] for r in re.findall(r"\bR(\d+)\b", line)) < 24
+
+
 def run_model(name: str, folder: Path) -> str:
     """Compile csrc/tests/`name`.cpp into `folder` and run it: its output.  A warning is an error."""
     program = folder / name

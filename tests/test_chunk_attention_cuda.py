@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from csrc_build import kernel_code, needs_cxx, needs_nvcc, run_model
+from csrc_build import check_attention_code, kernel_code, needs_cxx, needs_nvcc, run_model
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -38,26 +37,8 @@ def test_the_model_of_the_hardware_gives_the_plain_sum(tmp_path: Path) -> None:
 @needs_nvcc
 def test_the_softmax_falls_between_the_products(tmp_path: Path) -> None:
     """In machine code: next scores and last sums are asked for, then the exponentials, then a wait."""
-    code = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", kernel_code("chunk_attention", tmp_path), re.MULTILINE
-    )
-
-    def at(pattern: str) -> list[int]:
-        return [i for i, line in enumerate(code) if re.search(pattern, line)]
-
-    assert at(r"\b(LDL|STL)\b") == [], "local memory"
-    scores, sums = at(rf"HGMMA\.64x{KEYS}x16(?!.*tnspB)"), at(r"HGMMA\.64x128x16.*tnspB")
-    assert len(scores) == 2 * 128 // 16 and len(sums) == 2 * KEYS // 16, "of the first or last, of a step"
-    assert len(at("HGMMA")) == len(scores) + len(sums)
-    (both,) = at(r"DEPBAR\.LE gsb0, 0x1")
-    end = next(i for i in at(r"DEPBAR\.LE gsb0, 0x0") if i > both)
-    assert scores[-1] < sums[0] and sums[KEYS // 16 - 1] < both
-    weights = [i for i in at(r"MUFU\.EX2") if both < i < end]
-    assert len(weights) == KEYS // 2 + 2, "a thread's weights, and by what two rows fade"
-    # What follows the release of registers belongs to the loading warp, which kept 24.
-    start = at(r"USETMAXREG\.DEALLOC")[0]
-    assert "0x18" in code[start]
-    assert max(int(r) for line in code[start:] for r in re.findall(r"\bR(\d+)\b", line)) < 24
+    code = kernel_code("chunk_attention", tmp_path)
+    check_attention_code(code, rf"HGMMA\.64x{KEYS}x16(?!.*tnspB)", r"HGMMA\.64x128x16.*tnspB", KEYS, 16)
 
 
 @pytest.mark.parametrize("layout", ["a slice", "heads in front", "columns in front", "unaligned", "one head"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from csrc_build import kernel_code, needs_cxx, needs_nvcc, run_model
+from csrc_build import check_attention_code, kernel_code, needs_cxx, needs_nvcc, run_model
 from random_tensors import normal
 from torch import Tensor
 
@@ -137,25 +136,8 @@ def test_the_model_of_the_hardware_gives_the_plain_sum(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @needs_nvcc
 def test_the_softmax_falls_between_the_products(tmp_path: Path) -> None:
-    code = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", kernel_code("quantized_attention", tmp_path), re.MULTILINE
-    )
-
-    def at(pattern: str) -> list[int]:
-        return [i for i, line in enumerate(code) if re.search(pattern, line)]
-
-    assert at(r"\b(LDL|STL)\b") == [], "local memory"
-    scores, sums = at(rf"IGMMA\.64x{op.TILE_KEYS}x32"), at(r"QGMMA\.64x128x32")
-    assert len(scores) == 2 * 128 // 32 and len(sums) == 2 * op.TILE_KEYS // 32
-    (both,) = at(r"DEPBAR\.LE gsb0, 0x1")
-    end = next(i for i in at(r"DEPBAR\.LE gsb0, 0x0") if i > both)
-    assert scores[-1] < sums[0] and sums[op.TILE_KEYS // 32 - 1] < both
-    weights = [i for i in at(r"MUFU\.EX2") if both < i < end]
-    assert len(weights) == op.TILE_KEYS // 2 + 2, "a thread's weights, and by what two rows fade"
-    # What follows the release of registers belongs to the loading warp, which kept 24.
-    start = at(r"USETMAXREG\.DEALLOC")[0]
-    assert "0x18" in code[start]
-    assert max(int(r) for line in code[start:] for r in re.findall(r"\bR(\d+)\b", line)) < 24
+    code, keys = kernel_code("quantized_attention", tmp_path), op.TILE_KEYS
+    check_attention_code(code, rf"IGMMA\.64x{keys}x32", r"QGMMA\.64x128x32", keys, 32)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------

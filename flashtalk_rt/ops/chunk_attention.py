@@ -259,12 +259,9 @@ def _check(
     key_length: int | Tensor | None,
     key_bias: Tensor | None,
 ) -> None:
-    batch, length, heads, dim = q.shape
+    reference.check_operands(q, k, v)
+    batch, length = q.shape[:2]
     keys = k.shape[1]
-    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or keys == 0:
-        raise ValueError(f"keys {[*k.shape]} and values {[*v.shape]} do not fit q {[*q.shape]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype")
     if chunk_tokens is not None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be 1 or more, or None for one chunk")

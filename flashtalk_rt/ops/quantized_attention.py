@@ -151,16 +151,12 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None 
     Returns [B, L, H, D] in q's dtype.  ValueError where the shapes do not belong together; InputError where a
     gradient would be needed, and why `backend` cannot serve.
     """
-    batch, _, heads, dim = q.shape
-    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or k.shape[1] == 0:
-        raise ValueError(f"keys {[*k.shape]} and values {[*v.shape]} do not fit q {[*q.shape]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype")
+    reference.check_operands(q, k, v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise InputError(
             "quantized_attention has no gradient: call it under torch.no_grad(), or train in bfloat16"
         )
-    if backend_for(SPEC, q.device, q.dtype, dim, wanted=backend) == "cuda":
+    if backend_for(SPEC, q.device, q.dtype, q.shape[-1], wanted=backend) == "cuda":
         out: Tensor = _kernel(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)))
         return out
     return _plain(q, k, v)

@@ -129,6 +129,15 @@ def chunk_attention(
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.float()).to(q.dtype)
 
 
+def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError unless q [B, L, H, D] may attend to k and v [B, M, H, D], M not 0, all of one dtype."""
+    batch, _, heads, dim = q.shape
+    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or k.shape[1] == 0:
+        raise ValueError(f"keys {[*k.shape]} and values {[*v.shape]} do not fit q {[*q.shape]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype")
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Unmasked attention through torch: q [B, L, H, D], k and v [B, M, H, D] -> [B, L, H, D].
 
