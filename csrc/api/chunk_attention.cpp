@@ -1,10 +1,8 @@
 #include "api/chunk_attention.h"
 
-#include <algorithm>
-#include <limits>
 #include <string>
 
-#include "api/attention_call.h"
+#include "api/self_attention_call.h"
 #include "include/chunk_attention.h"
 
 namespace flashtalk {
@@ -42,27 +40,18 @@ void chunk_attention(const ChunkAttentionCall& call) {
     check_strides("q", q);
     check_strides("k", k);
     check_strides("v", v);
-    // Rows are rounded up to tiles, in 32 bits.
-    if (std::max(call.length, call.keys) > std::numeric_limits<int>::max() / 2) kChecks.refuse("too many rows");
+    check_rows(kChecks, call.length, call.keys);
     FT_CHECK_CUDA(cudaSetDevice(call.device));
 
     Shape shape{call.batch, call.heads, call.length, call.keys};
-    const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, call.device);
-    const int64_t tiles = tile_count(shape, Tile::kQueries);
-    // The grid's stride is added to a tile's number before it is compared.
-    if (tiles > std::numeric_limits<int>::max() - multiprocessors) kChecks.refuse("too many queries");
-
+    const int blocks = block_count(kChecks, shape, Tile::kQueries, call.device);
     const EncodeTiled encode = encode_tiled();
     CUtensorMap queries = tensor_map(encode, q, Tile::kQueries);
     CUtensorMap keys = tensor_map(encode, k, Tile::kKeys);
     CUtensorMap values = tensor_map(encode, v, Tile::kKeys);
     auto* out = reinterpret_cast<uint16_t*>(call.out);
-
-    FT_CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes));
-    const dim3 grid(static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors));
-    std::array<void*, 5> parameters{&queries, &keys, &values, &shape, &out};
-    FT_CHECK_CUDA(cudaLaunchKernel(kKernel, grid, dim3(Tile::kThreads), parameters.data(), size_t{Tile::kSharedBytes},
-                                   reinterpret_cast<cudaStream_t>(call.stream)));
+    launch<5>(kKernel, blocks, Tile::kThreads, Tile::kSharedBytes, {&queries, &keys, &values, &shape, &out},
+              call.stream);
 }
 
 }  // namespace flashtalk

@@ -67,12 +67,9 @@ void cross_attention(const CrossAttentionCall& call) {
     const auto* bias = reinterpret_cast<const float*>(call.text_bias);
     auto* out = reinterpret_cast<uint16_t*>(call.out);
 
-    FT_CHECK_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
     const int64_t multiprocessors = attribute(cudaDevAttrMultiProcessorCount, call.device);
-    const dim3 grid(static_cast<unsigned>(std::min(tiles, multiprocessors)));
-    std::array<void*, 4> parameters{&maps, &shape, &bias, &out};
-    FT_CHECK_CUDA(cudaLaunchKernel(kKernel, grid, dim3(kThreads), parameters.data(), kSharedBytes,
-                                   reinterpret_cast<cudaStream_t>(call.stream)));
+    launch<4>(kKernel, static_cast<int>(std::min(tiles, multiprocessors)), kThreads, kSharedBytes,
+              {&maps, &shape, &bias, &out}, call.stream);
 }
 
 }  // namespace flashtalk

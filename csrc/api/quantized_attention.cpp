@@ -1,9 +1,6 @@
 #include "api/quantized_attention.h"
 
-#include <algorithm>
-#include <limits>
-
-#include "api/attention_call.h"
+#include "api/self_attention_call.h"
 #include "include/quantized_attention.h"
 
 namespace flashtalk {
@@ -52,16 +49,11 @@ void quantized_attention(const QuantizedAttentionCall& call) {
     kChecks.pointer("v_scale", call.v_scale);
     kChecks.pointer("v_mean", call.v_mean);
     kChecks.pointer("out", call.out);
-    // Rows are rounded up to tiles, in 32 bits.
-    if (std::max(call.length, call.keys) > std::numeric_limits<int>::max() / 2) kChecks.refuse("too many rows");
+    check_rows(kChecks, call.length, call.keys);
     FT_CHECK_CUDA(cudaSetDevice(call.device));
 
     Shape shape{call.batch, call.heads, call.length, call.keys};
-    const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, call.device);
-    const int64_t tiles = tile_count(shape, quantized::Tile::kQueries);
-    // The grid's stride is added to a tile's number before it is compared.
-    if (tiles > std::numeric_limits<int>::max() - multiprocessors) kChecks.refuse("too many queries");
-
+    const int blocks = block_count(kChecks, shape, quantized::Tile::kQueries, call.device);
     const EncodeTiled encode = encode_tiled();
     const int padded = ceil_div(call.keys, quantized::kMmaK) * quantized::kMmaK;
     CUtensorMap queries = byte_map(
@@ -77,13 +69,8 @@ void quantized_attention(const QuantizedAttentionCall& call) {
         reinterpret_cast<const float*>(call.q_scale), reinterpret_cast<const float*>(call.k_scale),
         reinterpret_cast<const float*>(call.v_scale), reinterpret_cast<const float*>(call.v_mean)};
     auto* out = reinterpret_cast<uint16_t*>(call.out);
-
-    constexpr int kSharedBytes = quantized::Tile::kSharedBytes;
-    FT_CHECK_CUDA(cudaFuncSetAttribute(quantized::kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    const dim3 grid(static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors));
-    std::array<void*, 6> parameters{&queries, &keys, &values, &shape, &scales, &out};
-    FT_CHECK_CUDA(cudaLaunchKernel(quantized::kKernel, grid, dim3(quantized::Tile::kThreads), parameters.data(),
-                                   size_t{kSharedBytes}, reinterpret_cast<cudaStream_t>(call.stream)));
+    launch<6>(quantized::kKernel, blocks, quantized::Tile::kThreads, quantized::Tile::kSharedBytes,
+              {&queries, &keys, &values, &shape, &scales, &out}, call.stream);
 }
 
 }  // namespace flashtalk

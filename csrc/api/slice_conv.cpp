@@ -1,6 +1,7 @@
 #include "api/slice_conv.h"
 
 #include <array>
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -114,14 +115,8 @@ void slice_conv(const SliceConvCall& call) {
     SliceConvArgs args{shape, reinterpret_cast<const void*>(call.bias),
                        reinterpret_cast<const void*>(call.residual), reinterpret_cast<void*>(call.out)};
 
-    const void* kernel = variant.kernels[dtype.element];
-    FT_CHECK_CUDA(cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes));
-    const dim3 grid(static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors));
-    std::array<void*, 3> parameters{&x, &weight, &args};
-    FT_CHECK_CUDA(cudaLaunchKernel(kernel, grid, dim3(kThreads), parameters.data(),
-                                   static_cast<size_t>(variant.shared_bytes),
-                                   reinterpret_cast<cudaStream_t>(call.stream)));
+    launch<3>(variant.kernels[dtype.element], static_cast<int>(std::min<int64_t>(tiles, multiprocessors)), kThreads,
+              variant.shared_bytes, {&x, &weight, &args}, call.stream);
 }
 
 }  // namespace flashtalk
