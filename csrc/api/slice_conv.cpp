@@ -1,7 +1,7 @@
 #include "api/slice_conv.h"
 
-#include <array>
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <string>
 
