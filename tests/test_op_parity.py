@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conv_inputs import SIZES_OF_MANY_TILES, conv_inputs
-from random_tensors import normal
+from random_tensors import empty_is_nan, normal
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -81,9 +81,8 @@ OVER_THEIR_PAST = [
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with empty_is_nan():
+        yield
 
 
 def serves(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from csrc_build import check_attention_code, kernel_code, needs_cxx, needs_nvcc, run_model
-from random_tensors import normal
+from random_tensors import empty_is_nan, normal
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -20,7 +20,7 @@ from flashtalk_rt.ops import reference
 op = importlib.import_module("flashtalk_rt.ops.quantized_attention")  # not the function
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter")
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
-SIZES = [(1, 5, 7, 2), (2, 40, 33, 1), (1, 300, 200, 2), (1, 70, 96, 1), (1, 3, 193, 1), (1, 2, 700, 1)]
+SIZES = [(1, 5, 7, 2), (2, 40, 33, 3), (1, 300, 200, 2), (1, 70, 96, 1), (1, 3, 193, 1), (1, 2, 700, 1)]
 
 
 def operands(batch: int, length: int, keys: int, heads: int, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -63,9 +63,8 @@ def test_the_kernels_round_as_the_plain_form(size: tuple[int, int, int, int], de
     from flashtalk_rt.triton_kernels import quantized_attention as kernels
 
     q, k, v = operands(*size, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # empty memory is NaN
-    found = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS, op.MEAN_STRIDE))
-    torch.use_deterministic_algorithms(False)
+    with empty_is_nan():
+        found = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS, op.MEAN_STRIDE))
     expected = op.quantize_plainly(q, k, v)
     for name, got, want in zip(op.Operands._fields, found, expected, strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous(), name
@@ -81,11 +80,31 @@ def test_the_kernels_round_as_the_plain_form(size: tuple[int, int, int, int], de
             assert off.max() <= 1 and off.float().mean() < 1e-3, name
 
 
+@INTERPRETED
+def test_means_of_more_parts_than_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashtalk_rt.triton_kernels import quantized_attention as kernels
+
+    q, k, v = operands(1, 3, 1100, 2, "cpu", torch.float32)  # three parts
+    monkeypatch.setattr(kernels, "PARTS", 2)
+    found = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS, op.MEAN_STRIDE))
+    expected = op.quantize_plainly(q, k, v)
+    for name in ("k_scale", "v_scale", "v_mean"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+def test_what_is_compiled_ahead_is_what_the_op_launches() -> None:
+    from flashtalk_rt.triton_kernels import quantized_attention as kernels
+
+    constants = [dict(kernel.constants) for kernel in kernels.KERNELS]
+    assert {c["STRIDE"] for c in constants if "STRIDE" in c} == {op.MEAN_STRIDE}
+    assert {c["TILE"] for c in constants if "TILE" in c} == {op.TILE_KEYS}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_slices_of_one_projection_are_read_as_they_lie(device: str) -> None:
     from flashtalk_rt.triton_kernels import quantized_attention as kernels
 
-    fused = normal(1, 50, 3, 2, 128).to(device)
+    fused = normal(2, 50, 3, 2, 128).to(device)
     found = kernels.quantize(*fused.unbind(2), op.TILE_KEYS, op.MEAN_STRIDE)
     expected = kernels.quantize(*(x.contiguous() for x in fused.unbind(2)), op.TILE_KEYS, op.MEAN_STRIDE)
     assert all(
@@ -109,7 +128,7 @@ def test_what_a_channel_of_keys_or_values_has_in_common_costs_nothing() -> None:
 
 def test_a_single_key_is_its_value() -> None:
     q, k, v = normal(2, 5, 3, 16), normal(2, 1, 3, 16, seed=1), normal(2, 1, 3, 16, seed=2)
-    assert relative(ops.quantized_attention(q, k, v), v.expand_as(q)) < 0.05
+    assert relative(ops.quantized_attention(q, k, v), v.expand_as(q)) < 1e-6  # its values' mean
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -156,11 +175,8 @@ def on_gpu(*shape: int, seed: int = 0) -> Tensor:
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Empty memory is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    out = ops.quantized_attention(q, k, v, backend="cuda", **options)
-    torch.use_deterministic_algorithms(False)
-    return out
+    with empty_is_nan():
+        return ops.quantized_attention(q, k, v, backend="cuda", **options)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conv_inputs import DTYPES, KERNELS, conv_inputs, op
 from csrc_build import CSRC, build, load
+from random_tensors import empty_is_nan
 from torch import Tensor
 
 from flashtalk_rt import ops
@@ -41,9 +42,8 @@ def extension(loaded: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[M
     """The extension that the op calls; empty memory is NaN."""
     monkeypatch.setattr(op, "extension", lambda: loaded)
     _dispatch._backend_for.cache_clear()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield loaded
-    torch.use_deterministic_algorithms(False)
+    with empty_is_nan():
+        yield loaded
     _dispatch._backend_for.cache_clear()
 
 

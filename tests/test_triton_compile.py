@@ -31,7 +31,8 @@ for s in getattr(module, "KERNELS", ()):  # activation has only helpers
     options = {"num_warps": s.num_warps, "num_stages": s.num_stages}
     # As torch's tensors are: aligned, and so are the strides of wide rows.
     aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
-               if kind.startswith("*") or "stride" in name and kind != "constexpr"}
+               if kind != "constexpr" and (kind.startswith("*") or "stride" in name
+                                           or name.endswith(("_batch", "_row", "_head")))}
     source = ASTSource(s.kernel, signature=signature, constexprs=dict(s.constants), attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     shared.setdefault(s.kernel.fn.__name__, []).append([compiled.metadata.shared, len(compiled.asm["cubin"])])

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import launch
-from .quantize import FP8_MAX, row_scale, to_fp8
+from .quantize import FP8_MAX, scale_to, to_fp8
 from .specialization import Specialization, multiprocessors
 
 VECTOR = 4  # channels a thread loads at once: 16 bytes of float32 parameters
@@ -152,7 +152,7 @@ def residual_norm_kernel(
                 else:
                     store_channels(out + at, channels(i, BLOCK, VECTOR), normed, D, (i + 1) * BLOCK > D)
             if FP8:
-                s = row_scale(tl.max(largest, 1)[:, None], FP8_LIMIT)
+                s = scale_to(tl.max(largest, 1)[:, None], FP8_LIMIT)
                 inverse = tl.div_rn(1.0, s)
                 for i in tl.static_range(PARTS):
                     rounded = to_fp8(normed_parts[i], inverse, out.dtype.element_ty, FP8_LIMIT)

@@ -16,9 +16,9 @@ WIDEST_BLOCK = 16384  # 32 elements a thread of 16 warps
 
 
 @triton.jit
-def row_scale(largest, FP8_LIMIT: tl.constexpr):
-    """largest / 448, but normal, so that its reciprocal is finite; 1 for a row of zeros."""
-    return tl.where(largest > 0, tl.maximum(tl.div_rn(largest, FP8_LIMIT), 1.1754943508222875e-38), 1.0)
+def scale_to(largest, LIMIT: tl.constexpr):
+    """largest / LIMIT, but normal, so that its reciprocal is finite; 1 where all is zero."""
+    return tl.where(largest > 0, tl.maximum(tl.div_rn(largest, LIMIT), 1.1754943508222875e-38), 1.0)
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def to_fp8(x, inverse, dtype: tl.constexpr, FP8_LIMIT: tl.constexpr):
 @triton.jit
 def store_row_fp8(row, out, scale, at, columns, mask, FP8_LIMIT: tl.constexpr):
     """Quantise one row that is in registers: out = row / s and scale[at] = s = max|row| / 448."""
-    s = row_scale(tl.max(tl.where(mask, tl.abs(row), 0.0), 0), FP8_LIMIT)
+    s = scale_to(tl.max(tl.where(mask, tl.abs(row), 0.0), 0), FP8_LIMIT)
     tl.store(out + columns, to_fp8(row, tl.div_rn(1.0, s), out.dtype.element_ty, FP8_LIMIT), mask=mask)
     tl.store(scale + at, s)
 
@@ -65,7 +65,7 @@ def quantize_kernel(
         for start in range(0, D, BLOCK):
             part = load_part(x, start + columns, start + columns < D, GELU, FAST)
             largest = tl.maximum(largest, tl.abs(part))
-        s = row_scale(tl.max(largest, 0), FP8_LIMIT)
+        s = scale_to(tl.max(largest, 0), FP8_LIMIT)
         inverse = tl.div_rn(1.0, s)
         for start in range(0, D, BLOCK):
             mask = start + columns < D
@@ -93,7 +93,7 @@ def warps(block: int) -> int:
     return max(1, min(16, block // 1024))
 
 
-HELPERS = ("load_part", "row_scale", "store_row_fp8", "to_fp8")
+HELPERS = ("load_part", "scale_to", "store_row_fp8", "to_fp8")
 KERNELS = tuple(
     Specialization(
         quantize_kernel,

@@ -1,7 +1,8 @@
 """Queries and keys rounded to int8, values to e4m3, as eight-bit attention multiplies them.
 
-Off the keys is taken their mean, which adds the same to all scores of a query, and off the values theirs,
-which comes back at the end: what all of a channel share would take most of what eight bits can tell apart.
+Off the keys is taken the mean of some, which adds the same to all scores of a query, and off the values
+theirs, which comes back at the end: what all of a channel share would take most of what eight bits can tell
+apart.
 """
 
 from __future__ import annotations
@@ -12,23 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import launch
-from .quantize import FP8_MAX, row_scale, to_fp8
+from .quantize import FP8_MAX, scale_to, to_fp8
 from .specialization import Specialization
 
 INT8_MAX = 127.0
 GROUP_KEYS = 32  # keys whose order among the values is that of a product's operand
 # The fastest of those measured on an H200 at the published size (profiles/results/h200-2026-11-29.json).
-# Heads change fastest in each grid: what blocks at work together read is then whole rows.
+# Heads change fastest in each grid, so that blocks at work together read whole rows.
 PART, PART_ROWS, PART_WARPS = 512, 32, 4  # keys of a block of `parts_kernel`, and of a step
-PARTS, MEAN_WARPS = 32, 4
+PARTS, MEAN_WARPS = 64, 4
 SCORE_ROWS, SCORE_WARPS = 32, 4
 VALUE_ROWS, VALUE_WARPS = 128, 4
-
-
-@triton.jit
-def int8_scale(largest, INT8_LIMIT: tl.constexpr):
-    """largest / 127, but normal; 1 where all is zero."""
-    return tl.where(largest > 0, tl.maximum(tl.div_rn(largest, INT8_LIMIT), 1.1754943508222875e-38), 1.0)
 
 
 @triton.jit
@@ -38,13 +33,21 @@ def to_int8(x, inverse, INT8_LIMIT: tl.constexpr):
 
 
 @triton.jit
+def block_place(heads):
+    """A block's head, which of that head's it is, and its batch.  The first two share the one dimension of
+    the grid that may be longer than 65,535."""
+    block = tl.program_id(0)
+    return (block % heads).to(tl.int64), block // heads, tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
 def parts_kernel(
     k, v, k_sum, v_sum, v_largest, keys, heads, k_batch, k_row, k_head, v_batch, v_row, v_head,
     D: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Of PART rows of one head: the sums of every STRIDE-th key and of all values, and the largest magnitude
     of a value."""
-    head, part, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, part, batch = block_place(heads)
     columns = tl.arange(0, D)
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
@@ -57,7 +60,7 @@ def parts_kernel(
         most = tl.maximum(most, tl.abs(x))
     rows = (part * PART + STRIDE * tl.arange(0, PART // STRIDE)).to(tl.int64)[:, None]
     some = tl.load(k + rows * k_row + columns[None, :], mask=rows < keys, other=0.0).to(tl.float32)
-    at = (batch * heads + head) * tl.num_programs(1) + part
+    at = (batch * heads + head) * (tl.num_programs(0) // heads) + part
     tl.store(k_sum + at * D + columns, tl.sum(some, 0))
     tl.store(v_sum + at * D + columns, tl.sum(total, 0))
     tl.store(v_largest + at, tl.max(most))
@@ -84,7 +87,7 @@ def means_kernel(
     mean = tl.sum(v_total, 0) / keys
     tl.store(k_mean + at * D + columns, tl.sum(k_total, 0) / tl.cdiv(keys, STRIDE))
     tl.store(v_mean + at * D + columns, mean)
-    tl.store(v_scale + at, row_scale(tl.max(most) + tl.max(tl.abs(mean)), FP8_LIMIT))
+    tl.store(v_scale + at, scale_to(tl.max(most) + tl.max(tl.abs(mean)), FP8_LIMIT))
 
 
 @triton.jit
@@ -94,7 +97,7 @@ def scores_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, INT8_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """TILE rows of one head: queries by row, keys together.  Keys are read twice, the second time from L2."""
-    head, tile, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, tile, batch = block_place(heads)
     columns = tl.arange(0, D)[None, :]
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
@@ -108,14 +111,14 @@ def scores_kernel(
         most = tl.maximum(most, tl.abs(tl.where(mask, k_part - mean, 0.0)))
         some = rows < length
         q_part = tl.load(q + rows[:, None] * q_row + columns, mask=some[:, None], other=0.0).to(tl.float32)
-        scale = int8_scale(tl.max(tl.abs(q_part), 1), INT8_LIMIT)
+        scale = scale_to(tl.max(tl.abs(q_part), 1), INT8_LIMIT)
         data = to_int8(q_part, tl.div_rn(1.0, scale)[:, None], INT8_LIMIT)
         to = q_out + ((batch * length + rows) * heads + head)[:, None] * D + columns
         tl.store(to, data, mask=some[:, None])
         tl.store(q_scale + both * length + rows, scale, mask=some)
     tiles = tl.cdiv(keys, TILE)
     if tile < tiles:
-        tile_scale = int8_scale(tl.max(most), INT8_LIMIT)
+        tile_scale = scale_to(tl.max(most), INT8_LIMIT)
         tl.store(k_scale + both * tiles + tile, tile_scale)
         inverse = tl.div_rn(1.0, tile_scale)
         for start in tl.static_range(0, TILE, ROWS):
@@ -132,7 +135,7 @@ def values_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, FP8_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """out [.., D, padded]: ROWS values of one head, transposed, their keys in the operand's order."""
-    head, block, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, block, batch = block_place(heads)
     both = batch * heads + head
     positions = block * ROWS + tl.arange(0, ROWS)
     # position_key in csrc/include/quantized_attention.h
@@ -154,7 +157,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, tile_keys: int, stride: int) -> tu
     """q [B, L, H, D]; k, v [B, M, H, D], D a power of two and contiguous -> the data and the scales of each:
     int8 [B, L, H, D], [B, H, L]; int8 [B, M, H, D], [B, H, M / tile_keys rounded up]; e4m3 [B, H, D, M padded
     to 32 with zeros], [B, H]; and what was taken off the values, [B, H, D].  tile_keys: keys that share a
-    scale, a multiple of 32."""
+    scale, a multiple of 32; stride: the mean is of every such key, a power of two up to 512."""
     batch, length, heads, dim = q.shape
     keys = k.shape[1]
     tiles = triton.cdiv(keys, tile_keys)
@@ -171,7 +174,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, tile_keys: int, stride: int) -> tu
     v_out = q.new_empty((batch, heads, dim, padded), dtype=torch.float8_e4m3fn)
     q_strides, k_strides, v_strides = (x.stride()[:3] for x in (q, k, v))
     launch(
-        parts_kernel, (heads, parts, batch),
+        parts_kernel, (heads * parts, batch),
         k, v, k_sum, v_sum, v_largest, keys, heads, *k_strides, *v_strides,
         D=dim, ROWS=PART_ROWS, PART=PART, STRIDE=stride, num_warps=PART_WARPS,
     )  # fmt: skip
@@ -181,19 +184,19 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, tile_keys: int, stride: int) -> tu
         D=dim, PARTS=PARTS, STRIDE=stride, FP8_LIMIT=FP8_MAX, num_warps=MEAN_WARPS,
     )  # fmt: skip
     launch(
-        scores_kernel, (heads, triton.cdiv(max(length, keys), tile_keys), batch),
+        scores_kernel, (heads * triton.cdiv(max(length, keys), tile_keys), batch),
         q, k, k_mean, q_out, k_out, q_scale, k_scale, length, keys, heads, *q_strides, *k_strides,
         D=dim, ROWS=SCORE_ROWS, TILE=tile_keys, INT8_LIMIT=INT8_MAX, num_warps=SCORE_WARPS,
     )  # fmt: skip
     launch(
-        values_kernel, (heads, triton.cdiv(padded, VALUE_ROWS), batch),
+        values_kernel, (heads * triton.cdiv(padded, VALUE_ROWS), batch),
         v, v_mean, v_scale, v_out, keys, padded, heads, *v_strides,
         D=dim, ROWS=VALUE_ROWS, FP8_LIMIT=FP8_MAX, num_warps=VALUE_WARPS,
     )  # fmt: skip
     return q_out, q_scale, k_out, k_scale, v_out, v_scale, v_mean
 
 
-HELPERS = ("int8_scale", "to_int8")
+HELPERS = ("block_place", "to_int8")
 STRIDES = {x: {f"{x}_{step}": "i32" for step in ("batch", "row", "head")} for x in "qkv"}
 KERNELS = (
     Specialization(

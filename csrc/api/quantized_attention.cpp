@@ -10,7 +10,7 @@ using namespace attention;
 
 constexpr Checks kChecks{"quantized_attention"};
 
-// Bytes [d3, d2, d1, d0], contiguous, read in boxes of b1 rows of b0; what is past the end is zeros.
+// Bytes, contiguous, `sizes` and `box` from the innermost dimension on; what is past the end is read as zeros.
 CUtensorMap byte_map(
     EncodeTiled encode, uintptr_t data, const std::array<int, 4>& sizes, const std::array<cuuint32_t, 4>& box,
     CUtensorMapSwizzle swizzle) {

@@ -25,13 +25,16 @@ class Quantized(NamedTuple):
         return (self.data.float() * self.scale).to(dtype)
 
 
+def scale_to(largest: Tensor, limit: float) -> Tensor:
+    """largest / limit, but normal, so that a kernel may multiply by its reciprocal; 1 where all is zero."""
+    scale = (largest / limit).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(largest > 0, scale, torch.ones_like(scale))
+
+
 def _plain(x: Tensor, gelu: bool) -> Quantized:
     """What `quantize` means; every kernel that emits fp8 rounds its rows so."""
     rows = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
-    largest = rows.abs().amax(-1, keepdim=True)
-    # Normal, so that a kernel may multiply by its reciprocal.
-    scale = (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-    scale = torch.where(largest > 0, scale, torch.ones_like(scale))
+    scale = scale_to(rows.abs().amax(-1, keepdim=True), FP8_MAX)
     return Quantized((rows / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale)
 
 

@@ -1,6 +1,6 @@
 """Attention in eight bits: int8 scores, e4m3 weights and values.
 
-After SageAttention2 (arXiv 2411.10958): the means of keys and values are taken off; queries are rounded by
+After SageAttention2 (arXiv 2411.10958): means of keys and values are taken off; queries are rounded by
 row, keys by tile, values by head.  Without its two levels of sums: a tensor core keeps some 14 bits of a
 float8 product's sum, and what it drops would be a bias where the values had a mean.
 """
@@ -17,7 +17,7 @@ from ..errors import InputError
 from . import _flop, reference
 from . import chunk_attention_cuda as cuda
 from ._dispatch import TORCH, TRITON, Backend, Case, OpSpec, Situation, backend_for
-from .fp8 import FP8, FP8_MAX
+from .fp8 import FP8, FP8_MAX, scale_to
 from .slice_conv import extension
 
 INT8_MAX = 127
@@ -46,18 +46,18 @@ def positions(count: int, device: torch.device) -> Tensor:
 
 
 def quantize_plainly(q: Tensor, k: Tensor, v: Tensor) -> Operands:
-    """Queries rounded by row, keys less their mean by tile, each to its largest magnitude; values less theirs
-    by head, to a bound on it."""
+    """Queries rounded by row, keys less the mean of some by tile, each to its largest magnitude; values less
+    theirs by head, to a bound on it."""
     rows = q.float().transpose(1, 2)  # [B, H, L, D]
-    q_scale = _scale(rows.abs().amax(-1), INT8_MAX)
+    q_scale = scale_to(rows.abs().amax(-1), INT8_MAX)
     keys = k.float().transpose(1, 2)
     keys = keys - keys[:, :, ::MEAN_STRIDE].mean(2, keepdim=True)
     padding = -k.shape[1] % TILE_KEYS
     largest = F.pad(keys.abs().amax(-1), (0, padding)).unflatten(-1, (-1, TILE_KEYS)).amax(-1)
-    k_scale = _scale(largest, INT8_MAX)
+    k_scale = scale_to(largest, INT8_MAX)
     values = v.float().permute(0, 2, 3, 1)  # [B, H, D, M]
     v_mean = values.mean(-1)
-    v_scale = _scale(values.abs().amax((2, 3)) + v_mean.abs().amax(-1), FP8_MAX)
+    v_scale = scale_to(values.abs().amax((2, 3)) + v_mean.abs().amax(-1), FP8_MAX)
     padded = F.pad(values - v_mean[..., None], (0, -v.shape[1] % 32))
     ordered = padded[..., positions(padded.shape[-1], v.device)]
     return Operands(
@@ -71,12 +71,6 @@ def quantize_plainly(q: Tensor, k: Tensor, v: Tensor) -> Operands:
         v_scale,
         v_mean,
     )
-
-
-def _scale(largest: Tensor, limit: float) -> Tensor:
-    """largest / limit, but normal, so that a kernel may multiply by its reciprocal; 1 where all is zero."""
-    scale = (largest / limit).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(largest > 0, scale, torch.ones_like(scale))
 
 
 def _to_int8(x: Tensor, scale: Tensor) -> Tensor:

@@ -77,9 +77,9 @@ class Engine:
 
     height, width: pixels, divisible by 16; steps: 1 to 1000; precision "fp32", "bf16", "fp8" (the DiT's
     large products in float8, all else as in bf16) or "8bit" (its self-attention in eight bits too), with
-    losses that the README states; None takes
-    the model's own size and steps and the fastest exact precision of its device.  capture: replay the
-    stages from CUDA graphs, or launch them one by one with the same result; None captures on a CUDA device.
+    losses that the README states; None takes the model's own size and steps, and fp8 for weights that are
+    stored so, else the fastest exact precision of its device.  capture: replay the stages from CUDA graphs,
+    or launch them one by one with the same result; None captures on a CUDA device.
     The model's networks are converted in place.  Raises InputError for a setting that cannot be served.
     """
 

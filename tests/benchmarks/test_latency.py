@@ -101,6 +101,5 @@ def test_fp8_quality_of_random_weights(lossy: Precision) -> None:
     """What eight bits cost the 14B sizes; random weights have no outliers to speak of, trained ones may."""
     result = fp8_quality(published_model(), lossy=lossy)
     write_result(RESULTS / f"{lossy}-quality-{slug(result['device'])}.json", result)
-    # Four steps of a random network, its frames fed back, make of 0.04 what no trained model does: 20.3 dB.
     assert result["step_relative_error"] < 0.1
-    assert min(result["frames_psnr_db"]) > 15
+    assert min(result["frames_psnr_db"]) > 30  # 36.6; of two prompts 20
