@@ -43,10 +43,7 @@ def test_operands_are_as_near_as_their_steps() -> None:
     rounded = made.q.float() * made.q_scale.transpose(1, 2)[..., None]
     assert ((rounded - q).abs() <= 0.501 * made.q_scale.transpose(1, 2)[..., None]).all()
     k_scale = made.k_scale.repeat_interleave(op.TILE_KEYS, -1)[..., :200].transpose(1, 2)[..., None]
-    assert (
-        (made.k.float() * k_scale - (k - k[:, :: op.MEAN_STRIDE].mean(1, keepdim=True))).abs()
-        <= 0.501 * k_scale
-    ).all()
+    assert ((made.k.float() * k_scale - (k - k.mean(1, keepdim=True))).abs() <= 0.501 * k_scale).all()
     assert made.k_scale.shape == (2, 2, 3)
     values = torch.empty(made.v.shape)
     values[..., op.positions(224, q.device)] = made.v.float() * made.v_scale[..., None, None]
@@ -64,7 +61,7 @@ def test_the_kernels_round_as_the_plain_form(size: tuple[int, int, int, int], de
 
     q, k, v = operands(*size, device, torch.float32 if device == "cpu" else torch.bfloat16)
     with empty_is_nan():
-        found = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS, op.MEAN_STRIDE))
+        found = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS))
     expected = op.quantize_plainly(q, k, v)
     for name, got, want in zip(op.Operands._fields, found, expected, strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous(), name
@@ -84,9 +81,9 @@ def test_the_kernels_round_as_the_plain_form(size: tuple[int, int, int, int], de
 def test_means_of_more_parts_than_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashtalk_rt.triton_kernels import quantized_attention as kernels
 
-    q, k, v = operands(1, 3, 1100, 2, "cpu", torch.float32)  # three parts
-    monkeypatch.setattr(kernels, "PARTS", 2)
-    found = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS, op.MEAN_STRIDE))
+    q, k, v = operands(1, 3, 500, 2, "cpu", torch.float32)  # six parts
+    monkeypatch.setattr(kernels, "PARTS", 4)
+    found = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS))
     expected = op.quantize_plainly(q, k, v)
     for name in ("k_scale", "v_scale", "v_mean"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
@@ -96,7 +93,6 @@ def test_what_is_compiled_ahead_is_what_the_op_launches() -> None:
     from flashtalk_rt.triton_kernels import quantized_attention as kernels
 
     constants = [dict(kernel.constants) for kernel in kernels.KERNELS]
-    assert {c["STRIDE"] for c in constants if "STRIDE" in c} == {op.MEAN_STRIDE}
     assert {c["TILE"] for c in constants if "TILE" in c} == {op.TILE_KEYS}
 
 
@@ -105,8 +101,8 @@ def test_slices_of_one_projection_are_read_as_they_lie(device: str) -> None:
     from flashtalk_rt.triton_kernels import quantized_attention as kernels
 
     fused = normal(2, 50, 3, 2, 128).to(device)
-    found = kernels.quantize(*fused.unbind(2), op.TILE_KEYS, op.MEAN_STRIDE)
-    expected = kernels.quantize(*(x.contiguous() for x in fused.unbind(2)), op.TILE_KEYS, op.MEAN_STRIDE)
+    found = kernels.quantize(*fused.unbind(2), op.TILE_KEYS)
+    expected = kernels.quantize(*(x.contiguous() for x in fused.unbind(2)), op.TILE_KEYS)
     assert all(
         torch.equal(a.view(torch.int8), b.view(torch.int8)) for a, b in zip(found, expected, strict=True)
     )
@@ -228,7 +224,7 @@ def test_the_cuda_kernel_writes_its_output_and_nothing_else() -> None:
     expected = run(q, k, v)
     from flashtalk_rt.triton_kernels import quantized_attention as kernels
 
-    made = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS, op.MEAN_STRIDE))
+    made = op.Operands(*kernels.quantize(q, k, v, op.TILE_KEYS))
     around = torch.full((3, *expected.shape), 7.0, dtype=torch.bfloat16, device="cuda")
     op.extension().quantized_attention(
         **{name: x.data_ptr() for name, x in made._asdict().items()}, out=around[1].data_ptr(),

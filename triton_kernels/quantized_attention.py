@@ -1,8 +1,7 @@
 """Queries and keys rounded to int8, values to e4m3, as eight-bit attention multiplies them.
 
-Off the keys is taken the mean of some, which adds the same to all scores of a query, and off the values
-theirs, which comes back at the end: what all of a channel share would take most of what eight bits can tell
-apart.
+Off the keys is taken their mean, which adds the same to all scores of a query, and off the values theirs,
+which comes back at the end: what all of a channel share would take most of what eight bits can tell apart.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from .specialization import Specialization
 
 INT8_MAX = 127.0
 GROUP_KEYS = 32  # keys whose order among the values is that of a product's operand
-# The fastest of those measured on an H200 at the published size (profiles/results/h200-2026-11-29.json).
-# Heads change fastest in each grid, so that blocks at work together read whole rows.
-PART, PART_ROWS, PART_WARPS = 512, 32, 4  # keys of a block of `parts_kernel`, and of a step
-PARTS, MEAN_WARPS = 64, 4
+# Of a block.  All four take 0.36 ms of an H200 at the published size.  profiles/results/h200-2026-11-29.json
+# has another form, of 0.21.
 SCORE_ROWS, SCORE_WARPS = 32, 4
-VALUE_ROWS, VALUE_WARPS = 128, 4
+VALUE_ROWS, VALUE_WARPS = 64, 4
+PARTS = 32  # of a block of `means_kernel`
 
 
 @triton.jit
@@ -33,61 +31,56 @@ def to_int8(x, inverse, INT8_LIMIT: tl.constexpr):
 
 
 @triton.jit
-def block_place(heads):
-    """A block's head, which of that head's it is, and its batch.  The first two share the one dimension of
-    the grid that may be longer than 65,535."""
-    block = tl.program_id(0)
-    return (block % heads).to(tl.int64), block // heads, tl.program_id(1).to(tl.int64)
-
-
-@triton.jit
 def parts_kernel(
     k, v, k_sum, v_sum, v_largest, keys, heads, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    D: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of PART rows of one head: the sums of every STRIDE-th key and of all values, and the largest magnitude
-    of a value."""
-    head, part, batch = block_place(heads)
+    """Of TILE rows of one head: the sums of keys and of values, and the largest magnitude of a value."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     columns = tl.arange(0, D)
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    total = tl.zeros((ROWS, D), tl.float32)
-    most = tl.zeros((ROWS, D), tl.float32)
-    for start in tl.static_range(0, PART, ROWS):
-        rows = (part * PART + start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        x = tl.load(v + rows * v_row + columns[None, :], mask=rows < keys, other=0.0).to(tl.float32)
-        total += x
-        most = tl.maximum(most, tl.abs(x))
-    rows = (part * PART + STRIDE * tl.arange(0, PART // STRIDE)).to(tl.int64)[:, None]
-    some = tl.load(k + rows * k_row + columns[None, :], mask=rows < keys, other=0.0).to(tl.float32)
-    at = (batch * heads + head) * (tl.num_programs(0) // heads) + part
-    tl.store(k_sum + at * D + columns, tl.sum(some, 0))
-    tl.store(v_sum + at * D + columns, tl.sum(total, 0))
-    tl.store(v_largest + at, tl.max(most))
+    k_total = tl.zeros((D,), tl.float32)
+    v_total = tl.zeros((D,), tl.float32)
+    v_most = 0.0
+    for start in tl.static_range(0, TILE, ROWS):
+        rows = (tile * TILE + start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (rows < keys)[:, None]
+        k_part = tl.load(k + rows[:, None] * k_row + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        v_part = tl.load(v + rows[:, None] * v_row + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        k_total += tl.sum(k_part, 0)
+        v_total += tl.sum(v_part, 0)
+        v_most = tl.maximum(v_most, tl.max(tl.abs(v_part)))
+    at = (batch * heads + head) * tl.num_programs(0) + tile
+    tl.store(k_sum + at * D + columns, k_total)
+    tl.store(v_sum + at * D + columns, v_total)
+    tl.store(v_largest + at, v_most)
 
 
 @triton.jit
 def means_kernel(
-    k_sum, v_sum, v_largest, k_mean, v_mean, v_scale, keys, parts,
-    D: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, FP8_LIMIT: tl.constexpr,
+    k_sum, v_sum, v_largest, k_mean, v_mean, v_scale, keys, tiles,
+    D: tl.constexpr, PARTS: tl.constexpr, FP8_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Of one head: the means, and the values' scale, by a bound on what is left of them."""
     at = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
-    k_total = tl.zeros((PARTS, D), tl.float32)
-    v_total = tl.zeros((PARTS, D), tl.float32)
-    most = tl.zeros((PARTS,), tl.float32)
-    for start in range(0, parts, PARTS):
+    k_total = tl.zeros((D,), tl.float32)
+    v_total = tl.zeros((D,), tl.float32)
+    v_most = 0.0
+    for start in range(0, tiles, PARTS):
         part = start + tl.arange(0, PARTS)
-        where = (at * parts + part)[:, None] * D + columns[None, :]
-        mask = (part < parts)[:, None]
-        k_total += tl.load(k_sum + where, mask=mask, other=0.0)
-        v_total += tl.load(v_sum + where, mask=mask, other=0.0)
-        most = tl.maximum(most, tl.load(v_largest + at * parts + part, mask=part < parts, other=0.0))
-    mean = tl.sum(v_total, 0) / keys
-    tl.store(k_mean + at * D + columns, tl.sum(k_total, 0) / tl.cdiv(keys, STRIDE))
+        where = (at * tiles + part)[:, None] * D + columns[None, :]
+        mask = (part < tiles)[:, None]
+        k_total += tl.sum(tl.load(k_sum + where, mask=mask, other=0.0), 0)
+        v_total += tl.sum(tl.load(v_sum + where, mask=mask, other=0.0), 0)
+        v_most = tl.maximum(
+            v_most, tl.max(tl.load(v_largest + at * tiles + part, mask=part < tiles, other=0.0))
+        )
+    mean = v_total / keys
+    tl.store(k_mean + at * D + columns, k_total / keys)
     tl.store(v_mean + at * D + columns, mean)
-    tl.store(v_scale + at, scale_to(tl.max(most) + tl.max(tl.abs(mean)), FP8_LIMIT))
+    tl.store(v_scale + at, scale_to(v_most + tl.max(tl.abs(mean)), FP8_LIMIT))
 
 
 @triton.jit
@@ -97,18 +90,18 @@ def scores_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, INT8_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """TILE rows of one head: queries by row, keys together.  Keys are read twice, the second time from L2."""
-    head, tile, batch = block_place(heads)
+    tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     columns = tl.arange(0, D)[None, :]
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     both = batch * heads + head
     mean = tl.load(k_mean + both * D + columns)
-    most = tl.zeros((ROWS, D), tl.float32)
+    k_most = 0.0
     for start in tl.static_range(0, TILE, ROWS):
         rows = (tile * TILE + start + tl.arange(0, ROWS)).to(tl.int64)
         mask = (rows < keys)[:, None]
         k_part = tl.load(k + rows[:, None] * k_row + columns, mask=mask, other=0.0).to(tl.float32)
-        most = tl.maximum(most, tl.abs(tl.where(mask, k_part - mean, 0.0)))
+        k_most = tl.maximum(k_most, tl.max(tl.abs(tl.where(mask, k_part - mean, 0.0))))
         some = rows < length
         q_part = tl.load(q + rows[:, None] * q_row + columns, mask=some[:, None], other=0.0).to(tl.float32)
         scale = scale_to(tl.max(tl.abs(q_part), 1), INT8_LIMIT)
@@ -118,7 +111,7 @@ def scores_kernel(
         tl.store(q_scale + both * length + rows, scale, mask=some)
     tiles = tl.cdiv(keys, TILE)
     if tile < tiles:
-        tile_scale = scale_to(tl.max(most), INT8_LIMIT)
+        tile_scale = scale_to(k_most, INT8_LIMIT)
         tl.store(k_scale + both * tiles + tile, tile_scale)
         inverse = tl.div_rn(1.0, tile_scale)
         for start in tl.static_range(0, TILE, ROWS):
@@ -135,7 +128,7 @@ def values_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, FP8_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """out [.., D, padded]: ROWS values of one head, transposed, their keys in the operand's order."""
-    head, block, batch = block_place(heads)
+    block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     both = batch * heads + head
     positions = block * ROWS + tl.arange(0, ROWS)
     # position_key in csrc/include/quantized_attention.h
@@ -153,50 +146,49 @@ def values_kernel(
     tl.store(to, data, mask=(positions < padded)[None, :])
 
 
-def quantize(q: Tensor, k: Tensor, v: Tensor, tile_keys: int, stride: int) -> tuple[Tensor, ...]:
+def quantize(q: Tensor, k: Tensor, v: Tensor, tile_keys: int) -> tuple[Tensor, ...]:
     """q [B, L, H, D]; k, v [B, M, H, D], D a power of two and contiguous -> the data and the scales of each:
     int8 [B, L, H, D], [B, H, L]; int8 [B, M, H, D], [B, H, M / tile_keys rounded up]; e4m3 [B, H, D, M padded
     to 32 with zeros], [B, H]; and what was taken off the values, [B, H, D].  tile_keys: keys that share a
-    scale, a multiple of 32; stride: the mean is of every such key, a power of two up to 512."""
+    scale, a multiple of 32."""
     batch, length, heads, dim = q.shape
     keys = k.shape[1]
     tiles = triton.cdiv(keys, tile_keys)
-    parts = triton.cdiv(keys, PART)
     padded = triton.cdiv(keys, GROUP_KEYS) * GROUP_KEYS
 
     def floats(*shape: int) -> Tensor:
         return q.new_empty((batch, heads, *shape), dtype=torch.float32)
 
-    k_sum, v_sum, v_largest = floats(parts, dim), floats(parts, dim), floats(parts)
+    k_sum, v_sum, v_largest = floats(tiles, dim), floats(tiles, dim), floats(tiles)
     k_mean, v_mean, v_scale = floats(dim), floats(dim), floats()
     q_scale, k_scale = floats(length), floats(tiles)
     q_out, k_out = (x.new_empty(x.shape, dtype=torch.int8) for x in (q, k))
     v_out = q.new_empty((batch, heads, dim, padded), dtype=torch.float8_e4m3fn)
     q_strides, k_strides, v_strides = (x.stride()[:3] for x in (q, k, v))
     launch(
-        parts_kernel, (heads * parts, batch),
+        parts_kernel, (tiles, heads, batch),
         k, v, k_sum, v_sum, v_largest, keys, heads, *k_strides, *v_strides,
-        D=dim, ROWS=PART_ROWS, PART=PART, STRIDE=stride, num_warps=PART_WARPS,
+        D=dim, ROWS=SCORE_ROWS, TILE=tile_keys, num_warps=SCORE_WARPS,
     )  # fmt: skip
     launch(
         means_kernel, (batch * heads,),
-        k_sum, v_sum, v_largest, k_mean, v_mean, v_scale, keys, parts,
-        D=dim, PARTS=PARTS, STRIDE=stride, FP8_LIMIT=FP8_MAX, num_warps=MEAN_WARPS,
+        k_sum, v_sum, v_largest, k_mean, v_mean, v_scale, keys, tiles,
+        D=dim, PARTS=PARTS, FP8_LIMIT=FP8_MAX, num_warps=SCORE_WARPS,
     )  # fmt: skip
     launch(
-        scores_kernel, (heads * triton.cdiv(max(length, keys), tile_keys), batch),
+        scores_kernel, (triton.cdiv(max(length, keys), tile_keys), heads, batch),
         q, k, k_mean, q_out, k_out, q_scale, k_scale, length, keys, heads, *q_strides, *k_strides,
         D=dim, ROWS=SCORE_ROWS, TILE=tile_keys, INT8_LIMIT=INT8_MAX, num_warps=SCORE_WARPS,
     )  # fmt: skip
     launch(
-        values_kernel, (heads * triton.cdiv(padded, VALUE_ROWS), batch),
+        values_kernel, (triton.cdiv(padded, VALUE_ROWS), heads, batch),
         v, v_mean, v_scale, v_out, keys, padded, heads, *v_strides,
         D=dim, ROWS=VALUE_ROWS, FP8_LIMIT=FP8_MAX, num_warps=VALUE_WARPS,
     )  # fmt: skip
     return q_out, q_scale, k_out, k_scale, v_out, v_scale, v_mean
 
 
-HELPERS = ("block_place", "to_int8")
+HELPERS = ("to_int8",)
 STRIDES = {x: {f"{x}_{step}": "i32" for step in ("batch", "row", "head")} for x in "qkv"}
 KERNELS = (
     Specialization(
@@ -208,17 +200,17 @@ KERNELS = (
             **STRIDES["k"],
             **STRIDES["v"],
         },
-        {"D": 128, "ROWS": PART_ROWS, "PART": PART, "STRIDE": 8},
-        num_warps=PART_WARPS,
+        {"D": 128, "ROWS": SCORE_ROWS, "TILE": 96},
+        num_warps=SCORE_WARPS,
     ),
     Specialization(
         means_kernel,
         {
             **dict.fromkeys(("k_sum", "v_sum", "v_largest", "k_mean", "v_mean", "v_scale"), "*fp32"),
-            **dict.fromkeys(("keys", "parts"), "i32"),
+            **dict.fromkeys(("keys", "tiles"), "i32"),
         },
-        {"D": 128, "PARTS": PARTS, "STRIDE": 8, "FP8_LIMIT": FP8_MAX},
-        num_warps=MEAN_WARPS,
+        {"D": 128, "PARTS": PARTS, "FP8_LIMIT": FP8_MAX},
+        num_warps=SCORE_WARPS,
     ),
     Specialization(
         scores_kernel,

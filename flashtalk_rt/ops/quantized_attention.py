@@ -1,6 +1,6 @@
 """Attention in eight bits: int8 scores, e4m3 weights and values.
 
-After SageAttention2 (arXiv 2411.10958): means of keys and values are taken off; queries are rounded by
+After SageAttention2 (arXiv 2411.10958): the means of keys and values are taken off; queries are rounded by
 row, keys by tile, values by head.  Without its two levels of sums: a tensor core keeps some 14 bits of a
 float8 product's sum, and what it drops would be a bias where the values had a mean.
 """
@@ -22,7 +22,6 @@ from .slice_conv import extension
 
 INT8_MAX = 127
 TILE_KEYS = 96  # keys that share a scale: the CUDA kernel's tile
-MEAN_STRIDE = 8  # of the keys whose mean is taken off: any vector may be, and this costs an eighth
 WEIGHT_SCALE = 256.0  # of the weights before they are rounded: e4m3 holds 2^-9 to 448
 
 
@@ -46,12 +45,12 @@ def positions(count: int, device: torch.device) -> Tensor:
 
 
 def quantize_plainly(q: Tensor, k: Tensor, v: Tensor) -> Operands:
-    """Queries rounded by row, keys less the mean of some by tile, each to its largest magnitude; values less
-    theirs by head, to a bound on it."""
+    """Queries rounded by row, keys less their mean by tile, each to its largest magnitude; values less theirs
+    by head, to a bound on it."""
     rows = q.float().transpose(1, 2)  # [B, H, L, D]
     q_scale = scale_to(rows.abs().amax(-1), INT8_MAX)
     keys = k.float().transpose(1, 2)
-    keys = keys - keys[:, :, ::MEAN_STRIDE].mean(2, keepdim=True)
+    keys = keys - keys.mean(2, keepdim=True)
     padding = -k.shape[1] % TILE_KEYS
     largest = F.pad(keys.abs().amax(-1), (0, padding)).unflatten(-1, (-1, TILE_KEYS)).amax(-1)
     k_scale = scale_to(largest, INT8_MAX)
@@ -117,7 +116,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return out
     batch, length, heads, _ = q.shape
     with torch.cuda.device(q.device):
-        operands = Operands(*kernels.quantize(q, k, v, TILE_KEYS, MEAN_STRIDE))
+        operands = Operands(*kernels.quantize(q, k, v, TILE_KEYS))
         module.quantized_attention(
             **{name: x.data_ptr() for name, x in operands._asdict().items()},
             out=out.data_ptr(),
