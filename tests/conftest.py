@@ -86,18 +86,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for line in config.stash.get(NOT_RUN, []):
+    not_run = config.stash.get(NOT_RUN, [])
+    for line in not_run:
         terminalreporter.write_line(line)
     name = config.getoption("--record")
     if name is not None and not hasattr(config, "workerinput"):  # a worker of pytest-xdist sums up a part
         counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in OUTCOMES}
+        skipped = [f"{x.nodeid}: {x.longrepr[2]}" for x in terminalreporter.stats.get("skipped", [])]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         record = {
             **environment(device),
             "command": " ".join(["pytest", *config.invocation_params.args]),
             "wall_s": round(time.perf_counter() - config.stash[BEGIN]),
             **counts,
-            "not_run": config.stash.get(NOT_RUN, []),
+            "not_run": not_run + skipped,
             "figures": config.stash.get(FIGURES, {}),
         }
         write_result(RESULTS / f"{name}.json", record)
