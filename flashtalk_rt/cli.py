@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,7 +108,8 @@ class Stop:
         if self._ask is None or self._number:
             raise Stopped(number)
         self._number = number
-        self._ask()
+        # On a thread: `ask` takes locks, which the code that the signal stopped may hold.
+        threading.Thread(target=self._ask, daemon=True).start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

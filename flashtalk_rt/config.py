@@ -192,6 +192,7 @@ def _conflict(config: object) -> str:
                 (c.sample_rate_hz % c.fps == 0, "sample_rate_hz", f"be a multiple of fps {c.fps}"),
                 (c.frames % 4 == 1, "frames", "be 1 + 4 n"),
                 (c.motion_frames % 4 == 1, "motion_frames", "be 1 + 4 n"),
+                (c.color_strength <= 1, "color_strength", "be at most 1"),
                 (c.motion_frames < c.frames, "motion_frames", f"be less than frames {c.frames}"),
                 (ring * c.fps % c.sample_rate_hz == 0, "ring_s", f"last whole frames at {c.fps} fps"),
                 (c.ring_s * c.fps >= c.frames, "ring_s", f"last as long as {c.frames} frames"),

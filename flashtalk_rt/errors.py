@@ -1,4 +1,5 @@
-"""The errors a caller can act on.  Everything else that escapes is a bug of ours."""
+"""The errors a caller can act on.  What else escapes is a bug of ours; but `ops`, whose callers are networks,
+may raise ValueError for tensors that do not belong together."""
 
 
 class FlashTalkError(Exception):

@@ -288,6 +288,8 @@ def table(profile: Profile) -> RenderableType:
             "-" if stage.bytes_moved is None else f"{stage.bytes_moved / stage.ms / 1e6:.4g}",
         )
     busy_ms = sum(kernel.ms for kernel in profile.kernels)
+    if busy_ms == 0:
+        return Group(stages, "The profiler saw no kernel: may this process read the GPU's counters (CUPTI)?")
     kinds = Table(
         "kind", "ms", "%", "TFLOP", "TFLOP/s", title="Kernels by kind, as their names tell", caption=COUNTED
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -35,7 +36,7 @@ class _Compilers(ThreadPoolExecutor):
 
 def compile_ahead(work: Callable[[], object], device: torch.device) -> None:
     """Run `work` for the Triton kernels that it launches: they are compiled, on several threads at once, and
-    not run.  On a device that is no CUDA device, or without Triton, there are none, and nothing is run.
+    not run.  On a device that is no CUDA device, or without a Triton that can (3.6), nothing is run.
 
     Compiled one by one, as they are launched, the kernels of a 14B chunk take longer than all else that comes
     before its first frame.  What is not Triton's does run, on outputs of kernels that did not: `work` must
@@ -48,6 +49,8 @@ def compile_ahead(work: Callable[[], object], device: torch.device) -> None:
     try:
         import triton
     except ImportError:
+        return
+    if "ignore_errors" not in inspect.signature(triton.AsyncCompileMode).parameters:
         return
 
     def compile_all() -> None:

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from command import ROOT, arguments, one_error, pictures, run, start, write_inpu
 from media_files import RATE, encode, tone, write_wav
 from PIL import Image
 
-from flashtalk_rt.cli import main
+from flashtalk_rt.cli import Stop, Stopped, main
 from flashtalk_rt.media import VideoWriter, playable_s
 from flashtalk_rt.modules import weights
 
@@ -179,6 +180,21 @@ def test_ctrl_c_before_the_first_frame_keeps_the_older_file(
     assert signal.getsignal(signal.SIGINT) is handler
     assert capfd.readouterr().err == "interrupted: nothing was written\n"
     assert out.read_bytes() == b"an older video"
+
+
+def test_a_signal_in_the_midst_of_a_lock_does_not_hang() -> None:
+    lock, dropped, stop = threading.Lock(), threading.Event(), Stop()
+
+    def interrupt() -> None:
+        with lock:
+            dropped.set()
+
+    with stop.caught(), stop.gently(interrupt):
+        with lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert dropped.wait(10)
+        with pytest.raises(Stopped):
+            stop.check()
 
 
 # The other commands

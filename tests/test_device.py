@@ -26,3 +26,9 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_cpu_is_served() -> None:
     for device in ("cpu", torch.device("cpu")):
         assert ft.load("embedded", device).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bf16"])
+def test_a_dtype_that_holds_no_weights_is_refused(dtype: object) -> None:
+    with pytest.raises(ft.InputError, match=r"^dtype is .*; use torch.float32, torch.bfloat16 or"):
+        ft.load("embedded", "cpu", dtype)  # type: ignore[arg-type]

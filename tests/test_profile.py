@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,3 +229,12 @@ def test_the_14b_models_operations_by_kind() -> None:
     plain = profiler.flop_of_kinds(engine("cpu"), 32, 257)
     assert plain["products"] / 1e12 == pytest.approx(4 * 340, rel=0.01)
     assert plain["attention"] > flop["attention"] and plain["convolutions"] == flop["convolutions"]
+
+
+def test_a_profiler_that_saw_no_kernel_is_said(tmp_path: Path) -> None:
+    engine = Engine(tiny.model(), steps=1, precision="fp32", height=32, width=32)
+    blind = dataclasses.replace(profiler.profile_chunk(engine, tmp_path / "trace.json"), kernels=(), kinds=())
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(profiler.table(blind))
+    text = console.export_text()
+    assert "vae decode" in text and "saw no kernel" in text

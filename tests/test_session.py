@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from streams import CHUNK, FRAME, frames_of, on_step, portrait, push, run, small_engine, speech
+from torch import Tensor
 
 from flashtalk_rt.errors import InputError
 from flashtalk_rt.modules.samples import mono_block
@@ -225,6 +227,7 @@ def test_close(engine: Engine) -> None:
         ({"width": "64"}, "width is '64'"),
         ({"precision": "fp4"}, "'fp4'"),
         ({"precision": "FP32"}, "'FP32'"),
+        ({"precision": ["fp32"]}, "precision is .'fp32'"),
     ],
     ids=str,
 )
@@ -237,6 +240,11 @@ def test_a_setting_that_cannot_be_served_is_named(settings: dict[str, object], n
 def test_a_seed_that_cannot_be_is_named(engine: Engine, seed: object) -> None:
     with pytest.raises(InputError, match=rf"seed is {seed!r}; it must be"):
         engine.session(portrait(), seed=seed)  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_is_no_string_is_named(engine: Engine) -> None:
+    with pytest.raises(InputError, match="prompt is None; it must be a string"):
+        engine.session(portrait(), prompt=None)  # type: ignore[arg-type]
 
 
 def test_whole_numbers_of_numpy_and_the_largest_seed() -> None:
@@ -312,3 +320,59 @@ def test_the_label_is_drawn_in_the_lower_left_only() -> None:
     rows, columns = changed.nonzero().unbind(1)
     assert len(rows) > 30, "the label is there"
     assert rows.min() >= 44 and columns.min() >= 1 and columns.max() < 64
+
+
+def fails_once(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, after_hearing: bool) -> None:
+    """The next chunk's work raises, before or after the audio of the one behind it was heard."""
+    run_chunk = engine.run_chunk
+
+    def failing(*given: Any) -> Any:
+        monkeypatch.setattr(engine, "run_chunk", run_chunk)
+        if after_hearing:
+            given[-1]()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "run_chunk", failing)
+
+
+@pytest.mark.parametrize("after_hearing", [False, True])
+def test_a_chunk_that_fails_keeps_its_audio(
+    after_hearing: bool, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "hears_ahead", True)
+    audio = speech(2 * CHUNK + 900)
+    expected = run(engine.session(portrait(), seed=3), audio)
+    session = engine.session(portrait(), seed=3)
+    session.push_audio(audio)
+    session.end_audio()
+    fails_once(engine, monkeypatch, after_hearing=after_hearing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(iter(session))
+    for found, wanted in zip(session, expected, strict=True):
+        assert torch.equal(found.audio, wanted.audio) and torch.equal(found.frames, wanted.frames)
+
+
+def test_audio_whose_hearing_ahead_fails_is_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "hears_ahead", True)
+    audio = speech(2 * CHUNK)
+    session = engine.session(portrait())
+    session.push_audio(audio)
+    features, calls = engine.audio_features, iter(range(9))
+
+    def failing(ring: Tensor) -> Tensor:
+        if next(calls) == 1:
+            raise RuntimeError("out of memory")
+        return features(ring)
+
+    monkeypatch.setattr(engine, "audio_features", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(iter(session))
+    assert torch.equal(torch.cat([chunk.audio for chunk in session]), audio)
+
+
+def test_close_drops_the_chunk_that_is_being_made() -> None:
+    engine = small_engine(steps=3)
+    session = engine.session(portrait())
+    steps = on_step(engine, lambda step: session.close())
+    session.push_audio(speech(2 * CHUNK))
+    assert list(session) == [] and steps() == 1

@@ -14,8 +14,8 @@ from ..profiles.budgets import load_budgets
 from ..profiles.record import write_result
 from .baselines import Baselines, Plan
 from .models import published_model
+from .report import check_plot, table
 from .report import plot as draw
-from .report import table
 from .suite import measure
 
 app = typer.Typer(add_completion=False)
@@ -38,6 +38,7 @@ def bench(
     check_output(out, "--out")
     if plot is not None:
         check_output(plot, "--plot")
+        check_plot(plot)
     assert height and width and chosen  # all three have a default
     model = published_model(None, height, width)
     record = measure(model, steps, chosen, height, width, Baselines(Plan(chunks=chunks)), log=say)

@@ -103,13 +103,23 @@ def _about_budgets(record: Mapping[str, Any], budgets: Budgets | None) -> str:
     return f"budgets: {budget_file(record['device']).name}"
 
 
-def plot(record: Mapping[str, Any], path: Path) -> None:
-    """A PNG (or what `path` ends with) of the stages beside their floors and the plain path.  Raises
-    InputError without matplotlib or for an ending it does not know, OutputError where it cannot write."""
+def check_plot(path: Path) -> None:
+    """InputError without matplotlib, and for a file whose ending it does not know."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib; pip install matplotlib") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"--plot {path} must end in .{', .'.join(sorted(known))}")
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """A PNG (or what `path` ends with) of the stages beside their floors and the plain path.  Raises as
+    `check_plot`, and OutputError where it cannot write."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(STAGES)), STAGES, strict=True):
         bars = {
@@ -127,7 +137,5 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(f"{record['device']}, {shape}, commit {record['commit']}")
     try:
         figure.savefig(path)
-    except ValueError as error:
-        raise InputError(f"--plot {path}: {error}") from error
     except OSError as error:
         raise OutputError(f"--plot {path} cannot be written: {error.strerror or error}") from error

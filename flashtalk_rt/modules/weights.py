@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import DiTConfig, StreamConfig, VAEConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from .device import usable_device
 from .dit import DiT
 from .model import Model
@@ -199,10 +199,13 @@ def load(
             and run in float32.
 
     Anything missing, damaged or of the wrong shape raises CheckpointError before a weight is read, and a
-    device that is not there InputError.
+    device that is not there or another dtype InputError.
     """
     device = usable_device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"dtype is {dtype!r}; use torch.float32, torch.bfloat16 or torch.float16, or None")
     return load_checkpoint(read_checkpoint(source), device, dtype)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
+from ._shapes import check_shape, check_video
 
 
 @torch.library.custom_op("flashtalk_rt::add_residual", mutates_args=())
@@ -32,6 +33,9 @@ differentiate_through(_kernel, _plain)
 def add_residual(x: Tensor, bias: Tensor | None, shortcut: Tensor, *, backend: str | None = None) -> Tensor:
     """x + bias + shortcut: x and shortcut [B, C, T, H, W], bias [C], one dtype.  The same shape and dtype,
     NDHWC on Triton: 3 passes over memory instead of 5."""
+    check_video("add_residual", x)
+    check_shape("add_residual: bias", bias, x.shape[1])
+    check_shape("add_residual: shortcut", shortcut, *x.shape)
     if backend_for(SPEC, x.device, x.dtype, wanted=backend) == "triton":
         return _kernel(x, bias, shortcut)  # type: ignore[no-any-return]
     return reference.add_residual(x, bias, shortcut)

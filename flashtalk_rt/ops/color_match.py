@@ -9,6 +9,7 @@ from ..errors import InputError
 from . import reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
+from ._shapes import check_video
 
 
 @torch.library.custom_op("flashtalk_rt::lab_statistics", mutates_args=())
@@ -65,6 +66,7 @@ differentiate_through(_match_kernel, _plain_match)
 def lab_statistics(frames: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Per-frame mean and population deviation of L, a and b: frames [B, 3, T, H, W] in [-1, 1] ->
     two [B, T, 3, 1, 1] float32."""
+    _check("lab_statistics", frames)
     if backend_for(LAB_STATISTICS, frames.device, frames.dtype, wanted=backend) == "triton":
         return _statistics_kernel(frames)  # type: ignore[no-any-return]
     return reference.lab_statistics(frames)
@@ -79,6 +81,7 @@ def color_match(
     blends between the frames (0: they are returned as they are) and the matched ones (1).  Returns frames'
     dtype.
     """
+    _check("color_match", frames, mean, std)
     if strength == 0:
         return frames
     if backend_for(COLOR_MATCH, frames.device, frames.dtype, wanted=backend) == "triton":
@@ -101,6 +104,7 @@ def color_match_pixels(
     into: where both go and what is returned, say slices along time of longer buffers; each of its planes
     [H, W] and each of its pictures [H, W, 3] must be contiguous.
     """
+    _check("color_match_pixels", frames, mean, std)
     if into is not None:
         _check_into(frames, *into)
     serving = backend_for(COLOR_MATCH_PIXELS, frames.device, frames.dtype, wanted=backend)
@@ -119,6 +123,18 @@ def color_match_pixels(
         )
     _pixels_kernel(frames, mean, std, strength, *into)
     return into
+
+
+def _check(op: str, frames: Tensor, *statistics: Tensor) -> None:
+    check_video(op, frames)
+    batch, channels, length = frames.shape[:3]
+    if channels != 3:
+        raise InputError(f"{op}: frames have {channels} channels; they must be red, green and blue")
+    for x in statistics:
+        fits = x.dim() == 5 and x.shape[0] in (1, batch) and x.shape[1] in (1, length)
+        if not fits or x.shape[2:] != (3, 1, 1):
+            wanted = f"[{batch} or 1, {length} or 1, 3, 1, 1]"
+            raise InputError(f"{op}: a mean or deviation is {[*x.shape]}; it must be {wanted}")
 
 
 def _check_into(frames: Tensor, matched: Tensor, pixels: Tensor) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
+from ._shapes import check_shape, check_video
 
 
 @torch.library.custom_op("flashtalk_rt::double_frames", mutates_args=())
@@ -40,6 +42,10 @@ def double_frames(x: Tensor, bias: Tensor | None, *, backend: str | None = None)
 
     x [B, 2 C, T, H, W], bias [2 C], x's dtype -> [B, C, 2 T, H, W], NDHWC.
     """
+    check_video("double_frames", x)
+    if x.shape[1] % 2:
+        raise InputError(f"double_frames: {x.shape[1]} channels have no two halves")
+    check_shape("double_frames: bias", bias, x.shape[1])
     if backend_for(SPEC, x.device, x.dtype, wanted=backend) == "triton":
         return _kernel(x, bias)  # type: ignore[no-any-return]
     return reference.double_frames(x, bias)

@@ -69,7 +69,7 @@ def dual_cross_attention(
     text_bias [T] or [B, T] float32 is added to the scaled text scores q . k * D^-0.5: log(m) makes a key
     count m times (`padding_bias`); -inf hides a key, and the kernel reads nothing behind the last
     visible one, so the text may lie in a buffer of fixed length.  At least one text key must be left.
-    Returns [B, L, H, D] in q's dtype.  ValueError where the shapes do not belong together.
+    Returns [B, L, H, D] in q's dtype.  ValueError where shapes, dtypes or devices do not belong together.
     """
     batch, _, heads, dim = q.shape
     for name, k, v in (("text", text_k, text_v), ("image", image_k, image_v)):
@@ -80,6 +80,11 @@ def dual_cross_attention(
         raise ValueError(f"text_bias {[*text_bias.shape]} is neither [{text}] nor [{batch}, {text}]")
     tensors = q, text_k, text_v, image_k, image_v
     given = tensors if text_bias is None else (*tensors, text_bias)
+    if len({x.dtype for x in tensors}) > 1 or len({x.device for x in given}) > 1:
+        found = ", ".join(f"{x.dtype} on {x.device}" for x in given)
+        raise ValueError(
+            f"queries, keys and values are {found}; they must be of one dtype, all on one device"
+        )
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     chosen = backend_for(SPEC, q.device, q.dtype, dim, grad, wanted=backend)
     if chosen == "cuda" and (reason := CUDA.misfit(*tensors, text_bias)):
@@ -88,7 +93,7 @@ def dual_cross_attention(
         chosen = "triton"
     if chosen in ("cuda", "triton"):
         kernel = cuda.kernel if chosen == "cuda" else _kernel
-        bias = None if text_bias is None else text_bias.contiguous()
+        bias = None if text_bias is None else text_bias.float().contiguous()
         out: Tensor = kernel(*(x.contiguous() for x in tensors), bias)
         return out
     return reference.dual_cross_attention(q, text_k, text_v, image_k, image_v, text_bias)

@@ -20,6 +20,7 @@ from ..errors import InputError
 from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
+from ._shapes import check_shape, check_video
 
 
 @torch.library.custom_op("flashtalk_rt::norm_silu", mutates_args=())
@@ -108,6 +109,7 @@ def norm_silu(
     out: where the result goes and what is returned, its frames NDHWC; without a gradient.  `past` may be the
     last two frames that it holds, so a call after the other in one buffer needs no copy at all.
     """
+    check_operands("norm_silu", x, bias, None, gamma, past)
     if backend_for(NORM_SILU, x.device, x.dtype, wanted=backend) == "triton":
         if out is None:
             return _kernel(x, bias, None, gamma, past)[1]  # type: ignore[no-any-return]
@@ -128,6 +130,7 @@ def add_norm_silu(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum s = x + bias + shortcut, and `norm_silu` of it; all as there, shortcut and s like x."""
+    check_operands("add_norm_silu", x, bias, shortcut, gamma, past)
     if backend_for(ADD_NORM_SILU, x.device, x.dtype, wanted=backend) == "triton":
         if out is None:
             return _kernel(x, bias, shortcut, gamma, past)  # type: ignore[no-any-return]
@@ -136,6 +139,18 @@ def add_norm_silu(
         ), out
     total, found = reference.add_norm_silu(x, bias, shortcut, gamma, past)
     return total, (found if out is None else out.copy_(found))
+
+
+def check_operands(
+    op: str, x: Tensor, bias: Tensor | None, shortcut: Tensor | None, gamma: Tensor, past: Tensor | None
+) -> None:
+    """InputError unless the shapes are those that `norm_silu` and `add_norm_silu` state."""
+    check_video(op, x)
+    batch, channels, _, height, width = x.shape
+    check_shape(f"{op}: gamma", gamma, channels)
+    check_shape(f"{op}: bias", bias, channels)
+    check_shape(f"{op}: shortcut", shortcut, *x.shape)
+    check_shape(f"{op}: past", past, batch, channels, 2, height, width)
 
 
 def checked(name: str, out: Tensor, x: Tensor, frames: int) -> Tensor:

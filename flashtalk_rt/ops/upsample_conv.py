@@ -16,6 +16,7 @@ from . import _flop
 from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
+from ._shapes import check_shape, check_video
 
 
 @torch.library.custom_op("flashtalk_rt::interleave", mutates_args=())
@@ -64,6 +65,10 @@ def upsample_conv(x: Tensor, folded: Tensor, bias: Tensor, *, backend: str | Non
     folded [4, O, C, 2, 2] from `fold_upsampled`, bias [O], x's dtype.  NDHWC x is read where it lies, and the
     result is NDHWC.
     """
+    check_video("upsample_conv", x)
+    outputs = bias.numel()
+    check_shape("upsample_conv: folded", folded, 4, outputs, x.shape[1], 2, 2)
+    check_shape("upsample_conv: bias", bias, outputs)
     images = x.transpose(1, 2).flatten(0, 1)
     taps = folded.flatten(0, 1)
     if backend_for(SPEC, x.device, x.dtype, wanted=backend) == "triton":

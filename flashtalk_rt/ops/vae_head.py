@@ -16,8 +16,9 @@ from . import _flop
 from . import reference_vae as reference
 from ._autograd import differentiate_through
 from ._dispatch import TORCH, TRITON, Case, OpSpec, backend_for
+from ._shapes import check_shape
 from .conv3d import conv3d
-from .norm_silu import add_norm_silu, checked, norm_silu
+from .norm_silu import add_norm_silu, check_operands, checked, norm_silu
 
 
 @torch.library.custom_op("flashtalk_rt::vae_head", mutates_args=())
@@ -119,6 +120,10 @@ def vae_head(
     future: where that past goes and what is returned, its frames NDHWC; without a gradient.  It may be
     `past`.
     """
+    check_operands("vae_head", x, bias, shortcut, gamma, past)
+    outputs = weight.shape[0]
+    check_shape("vae_head: weight", weight, outputs, x.shape[1], 3, 3, 3)
+    check_shape("vae_head: out_bias", out_bias, outputs)
     if backend_for(SPEC, x.device, x.dtype, wanted=backend) == "triton":
         # Under autocast the parameters are wider than the activations.
         weight, out_bias = weight.to(x.dtype), out_bias.to(x.dtype)

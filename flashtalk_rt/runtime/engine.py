@@ -80,7 +80,8 @@ class Engine:
     losses that the README states; None takes the model's own size and steps, and fp8 for weights that are
     stored so, else the fastest exact precision of its device.  capture: replay the stages from CUDA graphs,
     or launch them one by one with the same result; None captures on a CUDA device.
-    The model's networks are converted in place.  Raises InputError for a setting that cannot be served.
+    The model's networks are converted in place: what bf16 has rounded stays so in a later engine in fp32.
+    Raises InputError for a setting that cannot be served.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Engine:
         for name, side in (("height", self.height), ("width", self.width)):
             if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
                 raise InputError(f"{name} is {side}; it must be a positive multiple of {SIZE_MULTIPLE}")
-        if self.precision not in DTYPES:
+        if not isinstance(self.precision, str) or self.precision not in DTYPES:
             raise InputError(f"precision is {self.precision!r}; use one of {', '.join(get_args(Precision))}")
         if model.dit.fp8 and self.precision not in FLOAT8:
             raise InputError(
@@ -139,6 +140,8 @@ class Engine:
         seed = whole_number(seed, "seed")
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed is {seed}; it must be from 0 to {MAX_SEED}")
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt is {prompt!r}; it must be a string, which may be empty")
         pixels = load_image(image, self.height, self.width).to(self.device)
         with torch.inference_mode():
             stream = self.model.stream

@@ -53,7 +53,7 @@ class Session:
     more audio.  After `end_audio` the rest comes too, padded with silence and cut to the audio's
     length, to one frame.  The same seed and audio give the same frames, however the audio was cut.
     Every method may be called from any thread.  Chunks are made one at a time: of two threads that iterate,
-    one waits, and each chunk goes to one of them.
+    one waits, and each chunk goes to one of them.  Should making one raise, its audio is queued again.
     """
 
     def __init__(self, engine: Engine, constants: Constants, seed: int) -> None:
@@ -81,16 +81,17 @@ class Session:
         It is copied.  Raises InputError for anything else, for a sample that is NaN, infinite or over
         `MAX_AMPLITUDE`, after `end_audio` and after `close`.
         """
-        if self._ended or self._constants is None:
-            raise InputError("this session takes no more audio: it was ended or closed; start another")
         block = mono_block(samples)
         with self._lock:
+            if self._ended or self._constants is None:
+                raise InputError("this session takes no more audio: it was ended or closed; start another")
             self._pending.append(block)
             self._pending_samples += block.numel()
 
     def end_audio(self) -> None:
         """No more audio comes: iterating now yields the rest."""
-        self._ended = True
+        with self._lock:
+            self._ended = True
 
     def interrupt(self) -> None:
         """Drop the queued audio, and the chunk being made within a denoising step.
@@ -100,7 +101,8 @@ class Session:
         end within its encoding: at the published sizes less than a step.
 
         Iterating then stops.  The stream stays usable: audio pushed from now on continues from the
-        last finished chunk.
+        last finished chunk.  Not for a signal handler: the code that it stopped may hold the lock that this
+        waits for; let it start a thread.
         """
         with self._lock:
             self._drop_pending()
@@ -108,10 +110,13 @@ class Session:
                 self._interrupted.set()
 
     def close(self) -> None:
-        """Release the stream's tensors; it takes no more audio and yields no more chunks."""
+        """Release the stream's tensors; it takes no more audio and yields no more chunks.  The one that is
+        being made is dropped as by `interrupt`."""
         with self._lock:
             self._constants = None
             self._drop_pending()
+            if self._running:
+                self._interrupted.set()
 
     def __iter__(self) -> Iterator[Chunk]:
         while (chunk := self._next()) is not None:
@@ -132,6 +137,9 @@ class Session:
             self._running = True
         try:
             return self._make(audio, heard, constants)
+        except BaseException:
+            self._put_back(audio)
+            raise
         finally:
             with self._lock:
                 self._running = False
@@ -150,14 +158,18 @@ class Session:
                 self._hear_ahead(ring)
 
         made = engine.run_chunk(constants, self._motion, windows, self._noise, stopped, clock, hear_ahead)
-        if made is None or stopped():
+        if made is None:
             return None
-        self._motion, self._ring = made.motion, ring  # what was never shown was never said
+        timings_ms = clock.timings_ms()  # waits for the chunk's end
+        with self._lock:  # an interrupt comes before this, or after the chunk
+            if stopped():
+                return None
+            self._motion, self._ring = made.motion, ring  # what was never shown was never said
+            index = self._index
+            self._index += 1
         # Whole frames only, and at least one: a tail shorter than a frame still shows its sound.
         count = max(1, min(stream.new_frames, round(audio.numel() / stream.samples_per_frame)))
-        chunk = Chunk(self._index, draw_label(made.pixels[:count], self._label), audio, clock.timings_ms())
-        self._index += 1
-        return chunk
+        return Chunk(index, draw_label(made.pixels[:count], self._label), audio, timings_ms)
 
     def _hear(self, audio: Tensor, before: Tensor) -> Heard:
         """Audio features of a chunk, on the audio lane; `before`: the ring up to the chunk before."""
@@ -177,10 +189,24 @@ class Session:
             audio = None if self._interrupted.is_set() else self._take_chunk()
         if audio is None:
             return
-        heard = self._hear(audio, ring)
+        try:
+            heard = self._hear(audio, ring)
+        except BaseException:
+            self._put_back(audio)
+            raise
         with self._lock:
             if not self._interrupted.is_set() and self._constants is not None:
                 self._ahead = heard
+
+    def _put_back(self, audio: Tensor) -> None:
+        """To the front of the queue: what was taken for a chunk that failed, and what was heard after it."""
+        with self._lock:
+            if self._interrupted.is_set() or self._constants is None:
+                return
+            ahead, self._ahead = self._ahead, None
+            for part in (audio,) if ahead is None else (ahead.audio, audio):
+                self._pending.appendleft(part)
+                self._pending_samples += part.numel()
 
     def _drop_pending(self) -> None:
         self._pending.clear()
