@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 FILE_COLUMNS = 160  # of a table that goes to no terminal: what the widest takes
 DEFAULT_PROMPT = "A person is talking."
-EMBEDDED_NOTICE = (
+TOY_NOTICE = (
     "embedded model: a toy that animates drawn cartoon faces only; give --checkpoint FOLDER for photographs"
 )
 # A command that is declared in a module of its own, imported only when it is used.
@@ -224,14 +224,13 @@ def generate(
     portrait = open_image(image)
     reader = AudioReader(audio)
     samples = reader.scan()
-    if checkpoint == "embedded":
-        say(EMBEDDED_NOTICE + ("; --prompt is ignored, it knows no text" if prompt is not None else ""))
-
     from .modules.weights import load
     from .runtime import Engine
 
     check_device(device)
     model = load(checkpoint, device, None if chosen is None else dtype_of(chosen))
+    if model.label:  # also of the embedded model when it was converted
+        say(TOY_NOTICE + ("; --prompt is ignored, it knows no text" if prompt is not None else ""))
     engine = Engine(model, steps, chosen, height, width)
     session = engine.session(portrait, DEFAULT_PROMPT if prompt is None else prompt, seed)
     model.release_encoders()  # this is the only session
@@ -317,11 +316,11 @@ def convert(
     precision: Annotated[str, typer.Option(help="Of the DiT: fp32 or bf16 or fp8.")] = "bf16",
 ) -> None:
     """Rewrite a checkpoint folder as safetensors that load fast and hold everything needed."""
-    chosen = parse_precision(precision)
-    if chosen == "8bit":
+    if precision == "8bit":
         raise InputError(
             "--precision is 8bit, whose weights are those of fp8: convert to fp8, and generate in 8bit"
         )
+    chosen = parse_precision(precision, ("fp32", "bf16", "fp8"))
     from .modules.convert import convert as rewrite
 
     rewrite(folder, out, dtype_of(chosen), fp8=chosen == "fp8")

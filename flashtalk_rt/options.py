@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast, get_args
 
 from .config import MAX_STEPS, SIZE_MULTIPLE, Precision
@@ -43,9 +44,9 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def parse_precision(text: str) -> Precision:
-    if text not in get_args(Precision):
-        raise InputError(f"--precision is {text!r}; use one of {', '.join(get_args(Precision))}")
+def parse_precision(text: str, known: Sequence[str] = get_args(Precision)) -> Precision:
+    if text not in known:
+        raise InputError(f"--precision is {text!r}; use one of {', '.join(known)}")
     return cast(Precision, text)
 
 

@@ -27,7 +27,7 @@ from torch.profiler import profile as torch_profile
 
 from .bench.baselines import Baselines, audio_form
 from .bench.models import PROMPT_TOKENS, published_model
-from .cli import show
+from .cli import say, show
 from .config import StreamConfig
 from .errors import OutputError
 from .files import check_output
@@ -85,6 +85,7 @@ def command(
     made = profile_chunk(engine, out)
     engine.close()  # its graphs' memory is needed
     show(table(beside_floors(made, engine, Baselines())))
+    say(f"{out}: the trace; open it in ui.perfetto.dev")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ CHEAP = [
     ("image", "small.png", "63 x 63"),
     ("audio", "missing.wav", "does not exist"),
     ("audio", "empty.wav", "empty file"),
-    ("audio", "zero.wav", "no samples"),
+    ("audio", "zero.wav", "gives no sample at 16000 Hz"),
     ("audio", "text.wav", "not a readable sound file"),
     ("audio", "nan.wav", "nan at 2.00 s"),
     ("audio", "broken.mp3", "cannot be decoded after 0."),

@@ -120,7 +120,7 @@ def test_bad_sound_files_are_refused_by_name(tmp_path: Path) -> None:
         "missing.wav": "does not exist",
         ".": "not a file",
         "empty.wav": "empty file",
-        "zero.wav": "no samples",
+        "zero.wav": "gives no sample at",
         "noise.wav": "not a readable sound file",
         "text.txt": "no audio stream",
         "picture.png": "no audio stream",

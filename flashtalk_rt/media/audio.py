@@ -60,7 +60,7 @@ class AudioReader:
         samples = sum(Fraction(block.size, rate_hz) for rate_hz, block in self._seconds())
         count = round(samples * self.sample_rate_hz)
         if count == 0:
-            raise InputError(f"audio {self.path} is empty: its audio stream has no samples")
+            raise InputError(f"audio {self.path} is empty: it gives no sample at {self.sample_rate_hz} Hz")
         return count
 
     def __iter__(self) -> Iterator[Samples]:

@@ -21,9 +21,9 @@ from ...errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train the embedded talking-face model.")
 
-Run = Annotated[Path, typer.Option("--run", help="Folder of the run; made if it does not exist.")]
-Device = Annotated[str, typer.Option(help="Where to train: cuda or cpu.")]
-Seed = Annotated[int, typer.Option(help="Seed of data and weights.")]
+Run = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
+Device = Annotated[str, typer.Option(help="Where it runs: cuda or cpu.")]
+Seed = Annotated[int, typer.Option(help="Seed of what is drawn.")]
 Batch = Annotated[int, typer.Option(min=1, help="Clips a step.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 Clips = Annotated[int, typer.Option(min=64, help="Encoded clips alive; 500 steps renew a quarter.")]
