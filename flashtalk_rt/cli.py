@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from . import __version__
+from .config import let_threads_sleep
 from .errors import FlashTalkError, InputError
 from .files import check_input
 from .options import (
@@ -110,6 +111,12 @@ class Stop:
         self._number = number
         # On a thread: `ask` takes locks, which the code that the signal stopped may hold.
         threading.Thread(target=self._ask, daemon=True).start()
+
+
+def entry() -> int:
+    """The process that is the command."""
+    let_threads_sleep()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -207,3 +207,10 @@ def _conflict(config: object) -> str:
 def nvtx_enabled() -> bool:
     """FLASHTALK_NVTX=1 turns the profiler ranges on."""
     return os.environ.get("FLASHTALK_NVTX", "0") == "1"
+
+
+def let_threads_sleep() -> None:
+    """torch's CPU threads sleep while they wait for each other, unless the environment says otherwise; to be
+    called before torch is imported.  By default they spin, which is faster on an idle machine and slower than
+    real time beside another busy program (profiles/results/cpu-threads.json)."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

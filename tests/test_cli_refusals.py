@@ -336,3 +336,16 @@ def test_the_program_in_the_pickle_would_run(tmp_path: Path) -> None:
     with zipfile.ZipFile(folder / "Wan2.1_VAE.pth") as file:
         pickle.loads(file.read("archive/data.pkl"))
     assert (folder / "it ran").exists()
+
+
+@pytest.mark.parametrize("asked", [None, "active"])
+def test_threads_sleep_unless_the_environment_says_otherwise(asked: str | None) -> None:
+    code = (
+        "import os, sys; from flashtalk_rt import cli\n"
+        "cli.main = lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "cli.entry()"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {} if asked is None else {"OMP_WAIT_POLICY": asked}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [asked or "passive", "False"]

@@ -93,7 +93,7 @@ def test_the_wheel_states_its_extras_command_and_licence(installed: Path) -> Non
         'Requires-Dist: pytest; extra == "dev"',
     ):
         assert line in metadata.splitlines()
-    assert "flashtalk = flashtalk_rt.cli:main" in (info / "entry_points.txt").read_text()
+    assert "flashtalk = flashtalk_rt.cli:entry" in (info / "entry_points.txt").read_text()
     assert "Apache License" in (info / "licenses" / "LICENSE").read_text()
 
 
