@@ -96,9 +96,8 @@ def test_close_while_hearing_ahead() -> None:
 
     engine.audio_features = closing  # type: ignore[method-assign]
     session.push_audio(speech(3 * CHUNK))
-    next(iter(session))
-    assert session._ahead is None, "closed: it holds nothing any more"
     assert list(session) == [] and len(calls) == 2
+    assert session._ahead is None, "closed: it holds nothing any more"
 
 
 def test_hearing_ahead_has_the_priority(monkeypatch: pytest.MonkeyPatch) -> None:
