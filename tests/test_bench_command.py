@@ -92,3 +92,12 @@ def test_the_latency_suite_without_a_gpu_says_what_it_skipped_and_why() -> None:
     cases = {f"test_latency[{size}-{precision}]" for size in SIZES for precision in ("bf16", "fp8")}
     cases |= {"test_latency[768x448-4-8bit]", "test_fp8_quality_of_random_weights[fp8]"}
     assert cases <= set(line.removeprefix(begin).split(", "))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_plot_that_cannot_be_drawn_is_told_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "published_model", lambda *_: pytest.fail("measured"))
+    assert run_bench(tmp_path / "kept.json", "--plot", str(tmp_path / "plot.what")) == 2
+    assert "plot.what must end in" in capsys.readouterr().err

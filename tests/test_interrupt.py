@@ -22,6 +22,7 @@ from streams import (
 from torch import Tensor
 
 from flashtalk_rt.runtime import Chunk, Engine
+from flashtalk_rt.runtime.timing import StageClock
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
@@ -209,3 +210,19 @@ def test_an_interrupt_stops_the_thread_that_waits_too() -> None:
     for thread in threads:
         thread.join(60)
     assert made == [] and not any(thread.is_alive() for thread in threads)
+
+
+def test_an_interrupt_while_the_chunk_is_waited_for_drops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, its encoding still runs then."""
+    engine = small_engine()
+    session = engine.session(portrait())
+    waited = StageClock.timings_ms
+
+    def interrupted(clock: StageClock) -> dict[str, float]:
+        session.interrupt()
+        return waited(clock)
+
+    monkeypatch.setattr(StageClock, "timings_ms", interrupted)
+    assert push(session, speech(2 * CHUNK)) == []
+    monkeypatch.undo()
+    assert [chunk.index for chunk in push(session, speech(CHUNK))] == [0]

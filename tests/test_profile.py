@@ -41,6 +41,7 @@ def test_profile_writes_a_trace_and_a_table(tmp_path: Path, capsys: pytest.Captu
         "products",
         "convolutions",
         "aten::",
+        f"{trace}: the trace",
     ):
         assert named in text
     events = json.loads(trace.read_text())["traceEvents"]

@@ -201,6 +201,21 @@ def test_no_audio_after_the_end(engine: Engine) -> None:
         session.push_audio(speech(10))
 
 
+def test_audio_that_comes_while_the_stream_ends_is_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would lie behind the silence that the stream's end was padded with."""
+    session = engine.session(portrait())
+
+    def ending(samples: Tensor) -> Tensor:
+        session.end_audio()
+        return mono_block(samples)
+
+    monkeypatch.setattr("flashtalk_rt.runtime.session.mono_block", ending)
+    with pytest.raises(InputError, match="no more audio"):
+        session.push_audio(speech(10))
+
+
 def test_close(engine: Engine) -> None:
     session = engine.session(portrait())
     session.push_audio(speech(2 * CHUNK))
