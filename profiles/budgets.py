@@ -75,13 +75,14 @@ class Budgets:
         return {op: Budget(f"ops.{op}.ms", target_ms) for op, target_ms in self.ops.items()}
 
     def check(self, record: Mapping[str, Any]) -> None:
-        """Raise BudgetError, naming every figure and op of a latency result over its budget."""
-        found = [
-            line
-            for figure, budget in self.of(record).items()
-            if figure in record["figures"]
-            for line in budget.breaches(record["figures"][figure], record["floors"].get(figure))
-        ]
+        """Raise BudgetError, naming every figure and op of a latency result over its budget, and every figure
+        that has one and was not measured."""
+        found = []
+        for figure, budget in self.of(record).items():
+            if figure in record["figures"]:
+                found += budget.breaches(record["figures"][figure], record["floors"].get(figure))
+            else:
+                found.append(f"{figure} has a budget and was not measured")
         rows = record.get("ops", {})  # a result may do without
         for op, budget in self.of_ops(record).items():
             if op in rows:

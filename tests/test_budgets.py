@@ -35,6 +35,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "chunk_ms": 3100.0,
         "first_frame_ms": 2900.0,
         "peak_memory_gb": 50.0,
+        "first_chunk_ms": 9000.0,
     }
     return {
         "device": H100,
@@ -101,6 +102,13 @@ def test_a_breach_of_the_floor_ratio() -> None:
     slow["floors"]["dit_step_ms"] = 600.0
     with pytest.raises(BudgetError, match=r"1\.21 times its floor 600; its budget is 1\.15 times"):
         h100().check(slow)
+
+
+def test_a_figure_that_lacks_is_a_breach() -> None:
+    forgetful = result()
+    del forgetful["figures"]["first_chunk_ms"]
+    with pytest.raises(BudgetError, match="first_chunk_ms has a budget and was not measured"):
+        h100().check(forgetful)
 
 
 def test_every_breach_is_named() -> None:
