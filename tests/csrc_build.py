@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -96,6 +97,15 @@ def check_attention_code(text: str, scores: str, sums: str, keys: int, step: int
     start = at(r"USETMAXREG\.DEALLOC")[0]
     assert "0x18" in code[start]
     assert max(int(r) for line in code[start:] for r in re.findall(r"\bR(\d+)\b", line)) < 24
+
+
+def skip_without_kernel(found: ModuleType | str) -> None:
+    """Skip on a GPU that is not sm_90's, and where the extension is not there for want of a compiler: with
+    one it should have been built."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is sm_90's")
+    if isinstance(found, str):
+        (pytest.fail if shutil.which("nvcc") else pytest.skip)(found)
 
 
 def run_model(name: str, folder: Path) -> str:

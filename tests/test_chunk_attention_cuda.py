@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from csrc_build import check_attention_code, kernel_code, needs_cxx, needs_nvcc, run_model
+from csrc_build import (
+    check_attention_code,
+    kernel_code,
+    needs_cxx,
+    needs_nvcc,
+    run_model,
+    skip_without_kernel,
+)
 from random_tensors import empty_is_nan
 from torch import Tensor
 
@@ -63,11 +69,7 @@ def test_what_the_copy_engine_takes_is_not_copied(layout: str) -> None:
 @pytest.fixture
 def kernel() -> Callable[..., Tensor]:
     """The CUDA kernel through its op.  Empty memory is NaN."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is sm_90's")
-    if isinstance(found := cuda.extension(), str):
-        # With a compiler it should have been built; the tests of slice_conv build it themselves.
-        (pytest.fail if shutil.which("nvcc") else pytest.skip)(found)
+    skip_without_kernel(cuda.extension())
 
     def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         with empty_is_nan():

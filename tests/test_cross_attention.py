@@ -115,9 +115,13 @@ def test_dual_cross_attention_names_what_does_not_fit() -> None:
         ops.dual_cross_attention(q, k, k, k[:, :, :1], k[:, :, :1])
     with pytest.raises(ValueError, match=r"text_bias \[4\]"):
         ops.dual_cross_attention(q, k, k, k, k, text_bias=torch.zeros(4))
-    with pytest.raises(ValueError, match="must be of one dtype, all on one device"):
+    with pytest.raises(ValueError, match=r"q, image k and v are .*; they must be of one dtype"):
         ops.dual_cross_attention(q, k, k, k.double(), k.double())
-    with pytest.raises(ValueError, match="must be of one dtype, all on one device"):
+    with pytest.raises(
+        ValueError, match="q, text k and v are on cpu, meta and meta; they must be on one device"
+    ):
+        ops.dual_cross_attention(q, k.to("meta"), k.to("meta"), k, k)
+    with pytest.raises(ValueError, match="text_bias is on meta and q on cpu; they must be on one device"):
         ops.dual_cross_attention(q, k, k, k, k, text_bias=torch.zeros(5, device="meta"))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from csrc_build import kernel_code, needs_cxx, needs_nvcc, run_model
+from csrc_build import kernel_code, needs_cxx, needs_nvcc, run_model, skip_without_kernel
 from random_tensors import empty_is_nan
 from torch import Tensor
 
@@ -57,11 +56,8 @@ Call = Callable[..., Tensor]
 @pytest.fixture
 def kernel() -> Call:
     """The op by the CUDA kernel.  Empty memory is NaN."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is sm_90's")
-    if isinstance(found := cuda.extension(), str):
-        # With a compiler it should have been built; the tests of slice_conv build it themselves.
-        (pytest.fail if shutil.which("nvcc") else pytest.skip)(found)
+    found = cuda.extension()
+    skip_without_kernel(found)
     assert found.CROSS_TEXT_KEYS == HELD
 
     def run(*tensors: Tensor, **options: Tensor | None) -> Tensor:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from csrc_build import check_attention_code, kernel_code, needs_cxx, needs_nvcc, run_model
+from csrc_build import (
+    check_attention_code,
+    kernel_code,
+    needs_cxx,
+    needs_nvcc,
+    run_model,
+    skip_without_kernel,
+)
 from random_tensors import empty_is_nan, normal
 from torch import Tensor
 
@@ -162,10 +168,7 @@ def test_the_softmax_falls_between_the_products(tmp_path: Path) -> None:
 
 
 def on_gpu(*shape: int, seed: int = 0) -> Tensor:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is sm_90's")
-    if isinstance(found := op.extension(), str):
-        (pytest.fail if shutil.which("nvcc") else pytest.skip)(found)
+    skip_without_kernel(op.extension())
     generator = torch.Generator("cuda").manual_seed(seed)
     return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 

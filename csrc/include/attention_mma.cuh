@@ -20,14 +20,6 @@ __device__ __forceinline__ void named_arrive(int id) {
 
 // --- products: asynchronous, fp32 sums in registers ---------------------------------------------------
 
-using flashtalk::pin;  // of floats
-
-template <int kCount>
-__device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
-}
-
 // d [64, N] (+)= a [64, 16] b [N, 16]^T, bf16 in shared memory.  `accumulate` 0 ignores d's old values.  The
 // trailing immediates: neither negated, both K-major.
 __device__ __forceinline__ void mma_scores(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {

@@ -18,7 +18,8 @@ namespace flashtalk::attention {
 // warpgroups take turns): K_n goes where K_n+2 was, V_n+1 where V_n+3 was, and both are released before the
 // step that asks for K_n+1; Q is released before the last V is waited for.
 //
-// boxes: how one slot is filled, by copies to an address that signal its barrier:
+// boxes: the tensor maps q, k and v, and how one slot is filled, by copies to an address that signal its
+// barrier:
 //   queries(to, full, origin), keys(to, full, origin, first key), values(to, full, origin, first key).
 // A box counts whole, also past the end, where it is zeros.
 template <class Tile, class Boxes>
@@ -55,10 +56,10 @@ __device__ __forceinline__ void produce(const Memory<Tile>& memory, const Shape&
     }
 }
 
-// Makes the barriers and hands the registers out: one thread of the first warpgroup calls load(memory), every
-// thread of the others multiply(memory, number of its warpgroup among them).
-template <class Tile, int kProducerRegisters, int kConsumerRegisters, class Load, class Multiply>
-__device__ __forceinline__ void run_block(const Load& load, const Multiply& multiply) {
+// Makes the barriers and hands the registers out: one thread of the first warpgroup loads, every thread of the
+// others calls multiply(memory, number of its warpgroup among them).
+template <class Tile, int kProducerRegisters, int kConsumerRegisters, class Boxes, class Multiply>
+__device__ __forceinline__ void run_block(const Shape& shape, const Boxes& boxes, const Multiply& multiply) {
     static_assert(128 * (kProducerRegisters + Tile::kConsumers * kConsumerRegisters) <= 65536, "registers");
     extern __shared__ uint8_t shared[];
     const uint32_t start = shared_address(shared);
@@ -73,7 +74,12 @@ __device__ __forceinline__ void run_block(const Load& load, const Multiply& mult
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<kProducerRegisters>();
-        if (threadIdx.x == 0) load(memory);
+        if (threadIdx.x == 0) {
+            prefetch_map(boxes.q);
+            prefetch_map(boxes.k);
+            prefetch_map(boxes.v);
+            produce(memory, shape, boxes);
+        }
     } else {
         take_registers<kConsumerRegisters>();
         multiply(memory, __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1);

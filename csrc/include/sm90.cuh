@@ -113,6 +113,13 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+template <class Word, int kCount>
+__device__ __forceinline__ void pin(Word (&registers)[kCount]) {
+    static_assert(std::is_same_v<Word, int> || std::is_same_v<Word, uint32_t>);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
 // Sixteen accumulators from d[i] on, as operands of the asm that follows.
 #define FT_REGISTERS_16(d, i)                                                                                 \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \

@@ -170,12 +170,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) chunk_attention_kernel(
     const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
     const __grid_constant__ Shape shape, uint16_t* out) {
     run_block<Tile, kProducerRegisters, kConsumerRegisters>(
-        [&](const Memory<Tile>& memory) {
-            prefetch_map(q);
-            prefetch_map(k);
-            prefetch_map(v);
-            produce(memory, shape, Boxes{q, k, v});
-        },
+        shape, Boxes{q, k, v},
         [&](const Memory<Tile>& memory, int group) { consume(memory, shape, out, group); });
 }
 

@@ -21,14 +21,6 @@ constexpr float kWeightBits = 8.0f;      // e4m3 holds 2^-9 to 448, so weights f
 
 // --- products: asynchronous, sums in registers ----------------------------------------------------------
 
-using flashtalk::pin;  // of floats
-
-template <class Register, int kCount>
-__device__ __forceinline__ void pin_words(Register (&registers)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
-}
-
 #define FT_WORDS_16(d, i)                                                                                     \
     "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
         "+r"(d[i + 7]), "+r"(d[i + 8]), "+r"(d[i + 9]), "+r"(d[i + 10]), "+r"(d[i + 11]), "+r"(d[i + 12]),      \
@@ -67,7 +59,7 @@ __device__ __forceinline__ void mma_values(float (&d)[64], const uint32_t* a, ui
 #undef FT_WORDS_16
 
 __device__ __forceinline__ void issue_scores(int (&scores)[Tile::kKeys / 2], uint64_t q, uint64_t k) {
-    pin_words(scores);
+    pin(scores);
     mma_fence();
 #pragma unroll
     for (int step = 0; step < kDim / kMmaK; ++step)
@@ -78,7 +70,7 @@ __device__ __forceinline__ void issue_scores(int (&scores)[Tile::kKeys / 2], uin
 __device__ __forceinline__ void issue_values(
     float (&sums)[kDim / 2], uint32_t (&weights)[Tile::kKeys / 8], uint64_t v) {
     pin(sums);
-    pin_words(weights);
+    pin(weights);
     mma_fence();
 #pragma unroll
     for (int span = 0; span < Tile::kSpans; ++span) mma_values(sums, &weights[span * 4], advance(v, span * kSpanBytes));
@@ -201,7 +193,7 @@ __device__ __forceinline__ void consume(
         wait_full(keys);
         issue_scores(scores, q, key_tile(keys));
         mma_wait<0>();
-        pin_words(scores);
+        pin(scores);
         release(keys);
 #pragma unroll
         for (int i = 0; i < Tile::kKeys / 2; ++i)
@@ -216,7 +208,7 @@ __device__ __forceinline__ void consume(
             wait_full(values);
             issue_values(sums, weights, value_tile(values));  // of tile n + 1
             mma_wait<1>();
-            pin_words(scores);
+            pin(scores);
             release(keys);
 #pragma unroll
             for (int i = 0; i < Tile::kKeys / 2; ++i) x[i] = __int2float_rn(scores[i]);
@@ -224,7 +216,7 @@ __device__ __forceinline__ void consume(
             finish_weights(rows.total, memory.spare());
             mma_wait<0>();
             pin(sums);
-            pin_words(weights);
+            pin(weights);
             release(values);
             pack_all(x, weights);
             // After the first tiles a row's largest score seldom changes.
@@ -261,12 +253,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) quantized_attention_kernel(
     const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
     const __grid_constant__ Shape shape, const __grid_constant__ Scales scales, uint16_t* out) {
     run_block<Tile, kProducerRegisters, kConsumerRegisters>(
-        [&](const Memory<Tile>& memory) {
-            prefetch_map(q);
-            prefetch_map(k);
-            prefetch_map(v);
-            produce(memory, shape, Boxes{q, k, v});
-        },
+        shape, Boxes{q, k, v},
         [&](const Memory<Tile>& memory, int group) { consume(memory, shape, scales, out, group); });
 }
 

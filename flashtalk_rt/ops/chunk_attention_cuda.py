@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ._dispatch import Situation
-from .slice_conv import extension
+from .slice_conv import extension, loaded
 
 HEAD_DIM = 128  # the one that the kernel is written for
 
@@ -33,9 +32,7 @@ def supports(situation: Situation) -> str | None:
 @torch.library.custom_op("flashtalk_rt::chunk_attention_cuda", mutates_args=(), device_types="cuda")
 def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """csrc/api/chunk_attention.h"""
-    module = extension()
-    if isinstance(module, str):
-        raise InputError(f"chunk_attention: {module}")
+    module = loaded("chunk_attention", extension())
     batch, length, heads, _ = q.shape
     out = q.new_empty(q.shape)
     if out.numel() == 0:

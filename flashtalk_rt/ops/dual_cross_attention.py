@@ -71,20 +71,18 @@ def dual_cross_attention(
     visible one, so the text may lie in a buffer of fixed length.  At least one text key must be left.
     Returns [B, L, H, D] in q's dtype.  ValueError where shapes, dtypes or devices do not belong together.
     """
-    batch, _, heads, dim = q.shape
-    for name, k, v in (("text", text_k, text_v), ("image", image_k, image_v)):
-        if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or k.shape[1] == 0:
-            raise ValueError(f"{name} keys {[*k.shape]} and values {[*v.shape]} do not fit q {[*q.shape]}")
+    batch, dim = q.shape[0], q.shape[-1]
+    reference.check_operands(q, text_k, text_v, "text ")
+    reference.check_operands(q, image_k, image_v, "image ")
     text = text_k.shape[1]
     if text_bias is not None and text_bias.shape not in ((text,), (batch, text)):
         raise ValueError(f"text_bias {[*text_bias.shape]} is neither [{text}] nor [{batch}, {text}]")
+    if text_bias is not None and text_bias.device != q.device:
+        raise ValueError(
+            f"text_bias is on {text_bias.device} and q on {q.device}; they must be on one device"
+        )
     tensors = q, text_k, text_v, image_k, image_v
     given = tensors if text_bias is None else (*tensors, text_bias)
-    if len({x.dtype for x in tensors}) > 1 or len({x.device for x in given}) > 1:
-        found = ", ".join(f"{x.dtype} on {x.device}" for x in given)
-        raise ValueError(
-            f"queries, keys and values are {found}; they must be of one dtype, all on one device"
-        )
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     chosen = backend_for(SPEC, q.device, q.dtype, dim, grad, wanted=backend)
     if chosen == "cuda" and (reason := CUDA.misfit(*tensors, text_bias)):

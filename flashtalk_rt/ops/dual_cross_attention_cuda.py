@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .slice_conv import extension
+from .slice_conv import extension, loaded
 
 
 class Limits(NamedTuple):
@@ -64,9 +63,7 @@ def kernel(
     """
     from ..triton_kernels import resident_attention as triton
 
-    module = extension()
-    if isinstance(module, str):
-        raise InputError(f"dual_cross_attention: {module}")
+    module = loaded("dual_cross_attention", extension())
     out = torch.empty_like(q)
     if out.numel() == 0:
         return out

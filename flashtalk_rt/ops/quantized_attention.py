@@ -18,7 +18,7 @@ from . import _flop, reference
 from . import chunk_attention_cuda as cuda
 from ._dispatch import TORCH, TRITON, Backend, Case, OpSpec, Situation, backend_for
 from .fp8 import FP8, FP8_MAX, scale_to
-from .slice_conv import extension
+from .slice_conv import extension, loaded
 
 INT8_MAX = 127
 TILE_KEYS = 96  # keys that share a scale: the CUDA kernel's tile
@@ -108,9 +108,7 @@ def _cuda(situation: Situation) -> str | None:
 def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from ..triton_kernels import quantized_attention as kernels
 
-    module = extension()
-    if isinstance(module, str):
-        raise InputError(f"quantized_attention: {module}")
+    module = loaded("quantized_attention", extension())
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out

@@ -129,13 +129,18 @@ def chunk_attention(
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v.float()).to(q.dtype)
 
 
-def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """ValueError unless q [B, L, H, D] may attend to k and v [B, M, H, D], M not 0, all of one dtype."""
+def check_operands(q: Tensor, k: Tensor, v: Tensor, of: str = "") -> None:
+    """ValueError unless q [B, L, H, D] may attend to k and v [B, M, H, D], M not 0, all of one dtype and on
+    one device.  of: whose keys and values they are, for the message."""
     batch, _, heads, dim = q.shape
     if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim) or k.shape[1] == 0:
-        raise ValueError(f"keys {[*k.shape]} and values {[*v.shape]} do not fit q {[*q.shape]}")
+        raise ValueError(f"{of}keys {[*k.shape]} and values {[*v.shape]} do not fit q {[*q.shape]}")
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype")
+        raise ValueError(f"q, {of}k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, {of}k and v are on {q.device}, {k.device} and {v.device}; they must be on one device"
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -59,6 +59,13 @@ def extension() -> ModuleType | str:
         return f"flashtalk_rt._C does not load: {error}"
 
 
+def loaded(op: str, found: ModuleType | str) -> ModuleType:
+    """What `extension` found, for a call of `op`; InputError with the reason where it is not there."""
+    if isinstance(found, str):
+        raise InputError(f"{op}: {found}")
+    return found
+
+
 def _cuda(situation: Situation) -> str | None:
     if situation.device_type != "cuda":
         return f"needs a CUDA device, this is {situation.device_type}"
@@ -90,9 +97,7 @@ def slice_conv_wins(x: Tensor, weight: Tensor) -> bool:
 
 @torch.library.custom_op("flashtalk_rt::slice_conv", mutates_args=(), device_types="cuda")
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    module = extension()
-    if isinstance(module, str):
-        raise InputError(f"slice_conv: {module}")
+    module = loaded("slice_conv", extension())
     frames, height, width, in_channels = x.shape
     out_channels, kernel_t, spatial = weight.shape[:3]
     out = x.new_empty(frames - kernel_t + 1, height, width, out_channels)

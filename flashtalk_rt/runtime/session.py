@@ -110,8 +110,8 @@ class Session:
                 self._interrupted.set()
 
     def close(self) -> None:
-        """Release the stream's tensors; it takes no more audio and yields no more chunks.  The one that is
-        being made is dropped as by `interrupt`."""
+        """Release the stream's constants and its queue; it takes no more audio and yields no more chunks.
+        The one that is being made is dropped as by `interrupt`."""
         with self._lock:
             self._constants = None
             self._drop_pending()
